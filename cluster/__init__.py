@@ -1,0 +1,14 @@
+"""What Zephyra computes. Knows nothing of Ray, HTTP or gRPC: where things run is the business of `deployments`.
+
+A prompt becomes tokens in five steps:
+
+1. The gateway (deployments/gateway.py) turns HTTP or gRPC into one `ClientRequest` (cluster/messages.py).
+2. Tiny ada (cluster/router/tiny_ada.py) reads the prompt: probabilities, then weights over domains, or none.
+3. The catalog (cluster/lora/catalog.py) says which version of each domain is current: the `Mixture` is fixed.
+4. The engine (cluster/engine/engine.py) queues the sequence. If an adapter is not resident, the replica has the
+   coordinator (deployments/coordinator.py) ask the shards (deployments/adapter_shard.py) for it, while others decode.
+5. One continuous batch over sequences with different mixtures (cluster/lora/linear.py) gives the next tokens.
+"""
+
+DISTRIBUTION = "zephyra"
+"""Marks this package as ours: PyPI has another `cluster`, which must not be imported in its place."""

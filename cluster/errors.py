@@ -1,0 +1,94 @@
+"""Every error that Zephyra raises on purpose, one class per cause.
+
+    ZephyraError
+    ├── InvalidInput            a value that cannot be: the message names it, what was expected, and what to do
+    │   ├── InvalidMixture      weights that are NaN, negative, all zero, or too many
+    │   └── PromptTooLong       prompt and max_tokens together exceed the model's context
+    ├── UnknownModel            a model name that is none of base, zephyra, zephyra:<domain>
+    ├── UnknownDomain           a domain or a version of one that the catalog does not hold
+    ├── IncompatibleAdapter     an adapter of another base, of wrong shapes, or of a kind that cannot be mixed exactly
+    ├── CorruptArtifact         a file that is damaged, unsafe, or not what its name says
+    ├── CatalogConflict         somebody else published first
+    ├── InvalidData             training data that lacks a column, is empty, or holds a value that cannot be
+    ├── StageOrder              a training stage started before the one it needs
+    ├── NotTrained              serving was asked for a root that holds no base
+    ├── PortTaken               another process listens where we were to
+    ├── PeerRefused             a caller from another machine where only this one is served
+    ├── Overloaded              the queue is full: try again later
+    ├── AdapterUnavailable      the shard that holds an adapter does not answer
+    └── ReplicaLost             the base replica died and its answer could not be resumed
+
+Each takes one message, so that it survives pickling between processes. The border maps each to an HTTP status and a
+gRPC code. The message reaches the client as it is: it never holds a traceback or a path beyond what the user gave.
+"""
+
+
+class ZephyraError(Exception):
+    """The root of the tree. `str(error)` is one sentence: what was given, what was expected, what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
+class InvalidInput(ZephyraError):
+    """A value that cannot be."""
+
+
+class InvalidMixture(InvalidInput):
+    """Weights that are NaN, negative, all zero, or too many."""
+
+
+class PromptTooLong(InvalidInput):
+    """Prompt and max_tokens together exceed the model's context."""
+
+
+class UnknownModel(ZephyraError):
+    """A model name that is none of base, zephyra, zephyra:<domain>."""
+
+
+class UnknownDomain(ZephyraError):
+    """A domain, or a version of one, that the catalog does not hold."""
+
+
+class IncompatibleAdapter(ZephyraError):
+    """An adapter of another base, of wrong shapes, or of a kind that cannot be mixed exactly."""
+
+
+class CorruptArtifact(ZephyraError):
+    """A file that is damaged, unsafe, or not what its name says."""
+
+
+class CatalogConflict(ZephyraError):
+    """Somebody else published first."""
+
+
+class InvalidData(ZephyraError):
+    """Training data that lacks a column, is empty, or holds a value that cannot be."""
+
+
+class StageOrder(ZephyraError):
+    """A training stage started before the one it needs."""
+
+
+class NotTrained(ZephyraError):
+    """Serving was asked for a root that holds no base."""
+
+
+class PortTaken(ZephyraError):
+    """Another process listens where we were to."""
+
+
+class PeerRefused(ZephyraError):
+    """A caller from another machine where only this one is served."""
+
+
+class Overloaded(ZephyraError):
+    """The queue is full: try again later."""
+
+
+class AdapterUnavailable(ZephyraError):
+    """The shard that holds an adapter does not answer."""
+
+
+class ReplicaLost(ZephyraError):
+    """The base replica died and its answer could not be resumed."""

@@ -1,0 +1,150 @@
+"""Adapters on disk: PEFT's own layout, so that its adapters work here and ours load there.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors` as PEFT writes them, and `zephyra.json` with what
+PEFT has no place for: the base's fingerprint and the checksum. Nothing else is read, and nothing is unpickled.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+
+from cluster.errors import CorruptArtifact, IncompatibleAdapter
+from cluster.lora.weights import AdapterWeights, Factors
+
+MAX_ADAPTER_BYTES = 4 * 2**30
+_CONFIG, _TENSORS, _OURS = "adapter_config.json", "adapter_model.safetensors", "zephyra.json"
+_PREFIX = "base_model.model."
+
+_UNMIXABLE = {
+    "use_dora": "DoRA rescales the whole weight",
+    "modules_to_save": "it replaces whole modules",
+    "lora_bias": "it trains biases of B",
+    "layer_replication": "it repeats layers",
+    "trainable_token_indices": "it retrains token embeddings",
+}
+"""PEFT options under which an adapter is more than a sum of B A, so that no mixture of it would be exact."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """An adapter as its files' own bytes: what travels from shard to replica, bit for bit, without torch."""
+
+    config_json: str
+    base_fingerprint: str
+    tensors: NDArray[np.uint8]
+
+
+def pack(folder: Path) -> PackedAdapter:
+    """Read an adapter's files and check them: sizes, checksum. Raises `CorruptArtifact`."""
+    try:
+        ours = json.loads((folder / _OURS).read_text())
+        config_json = (folder / _CONFIG).read_text()
+        size = (folder / _TENSORS).stat().st_size
+        if size > MAX_ADAPTER_BYTES:
+            raise CorruptArtifact(f"The adapter in {folder.name} has {size} bytes; the most is {MAX_ADAPTER_BYTES}.")
+        tensors = np.fromfile(folder / _TENSORS, dtype=np.uint8)
+        if hashlib.sha256(memoryview(tensors)).hexdigest() != ours["sha256"]:
+            raise CorruptArtifact(
+                f"The adapter in {folder.parent.name}/{folder.name} is not what was published; restore it."
+            )
+        return PackedAdapter(config_json, ours["base_fingerprint"], tensors)
+    except (OSError, ValueError, KeyError) as error:
+        raise CorruptArtifact(f"The adapter in {folder.parent.name}/{folder.name} cannot be read: {error}.") from error
+
+
+def unpack(packed: PackedAdapter, dtype: torch.dtype, device: torch.device | str = "cpu") -> AdapterWeights:
+    """The factors of a packed adapter. Raises `IncompatibleAdapter` or `CorruptArtifact`."""
+    try:
+        config = json.loads(packed.config_json)
+        tensors = safetensors.torch.load(packed.tensors.tobytes())
+    except Exception as error:
+        raise CorruptArtifact(f"The adapter is not in PEFT's layout: {error}.") from error
+    weights = AdapterWeights(_factors(config, tensors, dtype, torch.device(device)), packed.base_fingerprint)
+    weights.check_finite()
+    return weights
+
+
+def read_foreign(folder: Path, base_fingerprint: str) -> AdapterWeights:
+    """An adapter that PEFT itself wrote, which the caller says belongs to this base. In float32."""
+    try:
+        config_json = (folder / _CONFIG).read_text()
+        tensors = np.fromfile(folder / _TENSORS, dtype=np.uint8)
+    except OSError as error:
+        raise CorruptArtifact(
+            f"{folder.name} lacks {_CONFIG} or {_TENSORS}; expected a folder that PEFT saved."
+        ) from error
+    return unpack(PackedAdapter(config_json, base_fingerprint, tensors), torch.float32)
+
+
+def save(folder: Path, weights: AdapterWeights, base_model_name: str, metadata: dict[str, Any] | None = None) -> None:
+    """Write `weights` into `folder` so that both PEFT and `pack` read them. `metadata` (JSON) is kept for people.
+
+    PEFT knows one alpha/r per adapter and exceptions by name; each layer's scale is written as alpha = scale * r.
+    """
+    tensors = {}
+    for name, f in weights.factors.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = f.a_RI.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = f.b_OR.contiguous()
+    first = next(iter(weights.factors.values()))
+    alpha = first.scale * first.rank
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "r": first.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "target_modules": sorted(weights.factors),
+        "rank_pattern": {n: f.rank for n, f in weights.factors.items() if f.rank != first.rank},
+        "alpha_pattern": {n: f.scale * f.rank for n, f in weights.factors.items() if f.scale * f.rank != alpha},
+    }
+    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    (folder / _TENSORS).write_bytes(data)
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2))
+    ours = {"base_fingerprint": weights.base_fingerprint, "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / _OURS).write_text(json.dumps({**ours, "metadata": metadata or {}}, indent=2))
+
+
+def _factors(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+) -> dict[str, Factors]:
+    if config.get("peft_type") != "LORA":
+        raise IncompatibleAdapter(f"The adapter's peft_type is {config.get('peft_type')!r}; only LORA can be mixed.")
+    for option, why in _UNMIXABLE.items():
+        if config.get(option):
+            raise IncompatibleAdapter(f"The adapter sets {option}: {why}, so no mixture would be exact; train without.")
+    if config.get("bias", "none") != "none":
+        raise IncompatibleAdapter(f"The adapter trains biases (bias={config['bias']!r}); train with bias='none'.")
+    factors = {}
+    for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
+        name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+        other = key.replace(".lora_A.", ".lora_B.")
+        if other not in tensors:
+            raise CorruptArtifact(f"The adapter has A but no B for {name}.")
+        a, b = tensors.pop(key).to(device, dtype), tensors.pop(other).to(device, dtype)
+        factors[name] = Factors(a, b, _scale(config, name, a.shape[0]))
+    if tensors or not factors:
+        left = ", ".join(sorted(tensors)[:3]) or "no factors at all"
+        raise IncompatibleAdapter(f"The adapter holds {left}; expected only lora_A and lora_B of linear layers.")
+    return factors
+
+
+def _scale(config: dict[str, Any], name: str, rank: int) -> float:
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        # PEFT takes the pattern as a regular expression on the end of the name; exact suffixes cover what is written.
+        if name == pattern or name.endswith(f".{pattern}"):
+            alpha = value
+    return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)

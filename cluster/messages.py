@@ -1,0 +1,227 @@
+"""The nouns that cross a process border: plain, frozen, picklable.
+
+Knows nothing of tensors, tokenizers, HTTP or Ray. Everything behind the Gateway speaks `AdapterRef`s, so that
+publishing a new version never changes a request in flight.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from cluster.errors import InvalidInput, InvalidMixture
+
+NONE_DOMAIN = "none"
+"""The router's answer for a prompt of no domain; no domain may bear this name."""
+
+RESERVED_NAMES = frozenset({NONE_DOMAIN, "base", "zephyra"})
+
+MAX_MIXTURE_ENTRIES = 1024
+"""The most adapters that one request may mix."""
+
+WEIGHT_STEP = 1 / 64
+"""The router's weights are multiples of this, so that mixtures recur and what they need can be cached."""
+
+_DOMAIN_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+
+def check_domain_name(name: str) -> str:
+    """Return `name` if it can name a domain (it becomes a folder and a metric label), else raise `InvalidInput`."""
+    if not _DOMAIN_PATTERN.fullmatch(name) or name in RESERVED_NAMES:
+        raise InvalidInput(
+            f"{name!r} cannot name a domain: use up to 63 of a-z, 0-9, '-' and '_', starting with a letter or digit, "
+            f"and none of {', '.join(sorted(RESERVED_NAMES))}."
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AdapterRef:
+    """One published version of one domain's adapter, written `domain@version`. What it names never changes."""
+
+    domain: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.domain}@{self.version}"
+
+    @classmethod
+    def parse(cls, text: str) -> "AdapterRef":
+        """The inverse of `str`. Raises `InvalidInput` for anything else."""
+        domain, _, version = text.partition("@")
+        if not version.isdecimal():
+            raise InvalidInput(f"{text!r} is not an adapter ref: expected domain@version, such as law@3.")
+        return cls(check_domain_name(domain), int(version))
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Which adapters answer a prompt, and with which weights. Empty means the plain base.
+
+    `entries` is sorted by ref, so that equal mixtures are equal objects whatever order they were asked in.
+    """
+
+    entries: tuple[tuple[AdapterRef, float], ...] = ()
+
+    @classmethod
+    def of(cls, weights: Mapping[AdapterRef, float]) -> "Mixture":
+        """Sort `weights`, dropping zeros. Raises `InvalidMixture` on NaN, infinite, negative or all-zero weights."""
+        check_weights({str(ref): weight for ref, weight in weights.items()})
+        return cls(tuple(sorted((ref, float(weight)) for ref, weight in weights.items() if weight > 0)))
+
+    @property
+    def refs(self) -> tuple[AdapterRef, ...]:
+        return tuple(ref for ref, _ in self.entries)
+
+    @property
+    def key(self) -> str:
+        """The mixture as one canonical string: equal keys mean equal deltas."""
+        return "+".join(f"{ref}*{weight!r}" for ref, weight in self.entries)
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise `InvalidMixture` unless `weights` is empty or holds finite, non-negative numbers, one of them positive."""
+    if len(weights) > MAX_MIXTURE_ENTRIES:
+        raise InvalidMixture(f"The mixture has {len(weights)} entries; the most is {MAX_MIXTURE_ENTRIES}.")
+    for name, weight in weights.items():
+        if not math.isfinite(weight) or weight < 0:
+            raise InvalidMixture(f"The weight of {name} is {weight}; expected a finite number that is not negative.")
+    if weights and not any(weights.values()):
+        raise InvalidMixture(f"All weights are zero ({', '.join(weights)}); give one above zero, or ask for 'base'.")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. Greedy by default."""
+
+    max_tokens: int = 128
+    """The most tokens to generate, at least 1."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; 1 draws from the model's own distribution. At most 10."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens whose probabilities sum to at least this, in (0, 1]."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0 for all."""
+    seed: int | None = None
+    """The same seed, prompt and mixture give the same tokens, whatever runs beside them."""
+    stop: tuple[str, ...] = ()
+    """Generation ends before the first of these; at most 16."""
+
+    def __post_init__(self) -> None:
+        for name, value, ok, expected in (
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, 0 <= self.temperature <= 10, "a number from 0 to 10"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
+            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "0 to 2**63-1, or none"),
+            ("stop", self.stop, len(self.stop) <= 16 and all(self.stop), "at most 16 strings, none empty"),
+        ):
+            if not ok:
+                raise InvalidInput(f"{name} is {value!r}; expected {expected}.")
+
+
+class Role(Enum):
+    """Who speaks in a chat."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a chat."""
+
+    role: Role
+    content: str
+
+
+Prompt = str | tuple[ChatMessage, ...]
+"""A completion's prompt, or a chat's turns, the last of them the user's."""
+
+MAX_PROMPT_CHARACTERS = 1_000_000
+"""A prompt beyond this is refused before anything reads it; the model's context is the tighter limit."""
+
+
+def check_prompt(prompt: Prompt) -> None:
+    """Raise `InvalidInput` for a prompt that is empty, beyond the size limit or not encodable as UTF-8."""
+    texts = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
+    if not any(text.strip() for text in texts):
+        raise InvalidInput("The prompt is empty; give at least one character that is not a space.")
+    size = sum(len(text) for text in texts)
+    if size > MAX_PROMPT_CHARACTERS:
+        raise InvalidInput(f"The prompt has {size} characters; the most is {MAX_PROMPT_CHARACTERS}.")
+    if not isinstance(prompt, str) and prompt[-1].role is not Role.USER:
+        raise InvalidInput(f"The last message is the {prompt[-1].role.value}'s; expected the user's.")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput(
+                f"The prompt is not valid UTF-8 at character {error.start}; send text without lone surrogates."
+            ) from None
+
+
+def text_to_route(prompt: Prompt) -> str:
+    """What the router reads: the prompt, or of a chat the user's last turn."""
+    return prompt if isinstance(prompt, str) else prompt[-1].content
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRequest:
+    """What a client asked for, over HTTP or gRPC, before routing."""
+
+    prompt: Prompt
+    model: str = "zephyra"
+    """`zephyra` (the router decides), `zephyra:<domain>`, or `base`."""
+    mixture: Mapping[str, float] | None = None
+    """Domain to weight: overrides `model` and skips the router. Names may be `domain` or `domain@version`."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """What a base replica is asked for: everything resolved, nothing left to look up."""
+
+    request_id: str
+    prompt: Prompt
+    mixture: Mixture
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingDecision:
+    """What tiny ada says of one prompt."""
+
+    probabilities: Mapping[str, float]
+    """Every domain and "none"; sums to 1."""
+    weights: Mapping[str, float]
+    """The domains to mix, at most 3, weights normalised over them and multiples of 1/64; empty for the plain base."""
+    compute_ms: float = 0.0
+    """What scoring took inside the router."""
+
+
+class FinishReason(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    """The model ended its answer, or a stop string was reached."""
+    LENGTH = "length"
+    """max_tokens were generated."""
+    CANCELLED = "cancelled"
+    """The client left."""
+    ERROR = "error"
+    """The model gave something that is not a number; nothing more can be drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """A piece of a streamed answer. Texts of all chunks joined are the answer; no chunk splits a UTF-8 character."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None = None
+    """Set on the last chunk only."""
+    prompt_tokens: int = 0
+    """Length of the prompt; set on the last chunk."""
