@@ -6,7 +6,7 @@ Pydantic models with unknown keys refused, frozen, composed and never inherited 
 import os
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 """The folder that holds `cluster/`: relative paths in settings are taken from here, in whatever process."""
@@ -29,6 +29,127 @@ class EngineSettings(_Settings):
     """Prompt and answer together; by default what the model was made for."""
     adapter_bytes: int = Field(default=2**30, ge=1)
     """Budget of the slot bank: adapters resident beside the base."""
+
+
+class RouterSettings(_Settings):
+    """How tiny ada is trained."""
+
+    steps: int = Field(default=300, ge=1, le=1_000_000)
+    """Optimizer steps."""
+    batch_size: int = Field(default=256, ge=2, le=65_536)
+    """Prompts of one step, drawn anew for each."""
+    learning_rate: float = Field(default=0.01, gt=0, le=1)
+    """Adam's rate at the start; it falls to zero along half a cosine."""
+    width: int = Field(default=32, ge=8, le=1024)
+    """Numbers of a feature's vector and of a prompt's."""
+    prototypes_per_domain: int = Field(default=8, ge=1, le=1024)
+    """The most prototypes of one domain; a domain of fewer examples has fewer."""
+    hidden_domain_rate: float = Field(default=0.5, ge=0, le=1)
+    """Share of the steps in which some domains are hidden and their prompts teach none."""
+    word_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Words are hidden with a rate drawn anew for each prompt between 0 and twice this."""
+    pair_dropout: float = Field(default=0.5, ge=0, le=0.5)
+    """Pairs of words are hidden with a rate drawn anew for each prompt between 0 and twice this: an unseen phrasing
+    is made of known words in unseen pairs."""
+    outlier_rate: float = Field(default=0.35, ge=0, lt=1)
+    """Share of the prompts of a step that lose most of their words, and then teach none."""
+    outlier_dropout: float = Field(default=0.45, ge=0, le=1)
+    """Words of such a prompt are hidden with a rate drawn anew for each between this and 1."""
+    target_false_rejection: float = Field(default=0.01, gt=0, lt=1)
+    """Share of a domain's prompts, in validation data, that the threshold may turn away as none."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """The same texts, settings and seed give the same router."""
+
+
+class BaseSettings(_Settings):
+    """Stage 1: what base is trained, and for how long."""
+
+    size: str = "starter"
+    """A name of `cluster.model.configuration_zephyra.SIZES`."""
+    general_only: bool = True
+    """Learn from rows of `none` and `base` alone, so that the base knows no domain; else from all."""
+    num_steps: int = Field(default=1400, ge=1)
+    """Optimizer steps."""
+    tokens_per_batch: int = Field(default=1024, ge=64)
+    """Tokens of one step, padding included."""
+    max_tokens: int = Field(default=256, ge=16)
+    """Longer rows are cut."""
+    learning_rate: float = Field(default=4e-3, gt=0, le=1)
+    """Peak rate of AdamW."""
+    weight_decay: float = Field(default=0.05, ge=0, le=1)
+    """Of matrices; of nothing else."""
+
+
+class AdapterSettings(_Settings):
+    """Stage 2: one LoRA adapter per domain, the base frozen."""
+
+    rank: int = Field(default=16, ge=1, le=1024)
+    """Columns of one adapter per layer."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The delta is alpha / rank times B A."""
+    num_steps: int = Field(default=150, ge=1)
+    """Optimizer steps of each domain."""
+    tokens_per_batch: int = Field(default=512, ge=64)
+    """Tokens of one step of one domain, padding included."""
+    max_tokens: int = Field(default=256, ge=16)
+    """Longer rows are cut."""
+    learning_rate: float = Field(default=4e-3, gt=0, le=1)
+    """Peak rate of AdamW."""
+
+
+class JointSettings(_Settings):
+    """Stage 4: adapters and router together, each prompt through its own soft mixture, the base frozen."""
+
+    num_steps: int = Field(default=30, ge=0)
+    """Optimizer steps; 0 leaves the stage out."""
+    tokens_per_batch: int = Field(default=1024, ge=64)
+    """Tokens of one step, padding included."""
+    max_tokens: int = Field(default=256, ge=16)
+    """Longer rows are cut."""
+    adapter_learning_rate: float = Field(default=3e-4, gt=0, le=1)
+    """Peak rate for the adapters: a small part of stage 2's."""
+    router_learning_rate: float = Field(default=1e-4, gt=0, le=1)
+    """Peak rate for the router's encoder."""
+    router_loss_weight: float = Field(default=0.1, ge=0)
+    """Weight of the router's labels beside the language-model loss."""
+    epsilon: float = Field(default=0.005, ge=0)
+    """The stage is dropped if some domain's validation loss rises by more than this share."""
+
+
+class Recipe(_Settings):
+    """Settings of all four stages, under one name."""
+
+    base: BaseSettings = BaseSettings()
+    adapters: AdapterSettings = AdapterSettings()
+    router: RouterSettings = RouterSettings()
+    joint: JointSettings = JointSettings()
+    train_rows_per_domain: int = Field(default=20_000, ge=1)
+    """At most so many rows of each domain are learned from."""
+    val_rows_per_domain: int = Field(default=100, ge=1)
+    """At most so many rows of each domain are measured after a stage."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """The same data, recipe and seed give the same system, but for rounding between machines."""
+    checkpoint_every_steps: int = Field(default=200, ge=1)
+    """A stage that is stopped resumes from its newest checkpoint."""
+
+
+class StageSettings(_Settings):
+    """What one stage is run with."""
+
+    root: Path
+    """Where artifacts are read and published; absolute."""
+    data: Path
+    """Folder of Parquet files; absolute."""
+    recipe: Recipe
+    name: str
+    """The recipe's name, kept in the artifacts."""
+
+    @field_validator("root", "data")
+    @classmethod
+    def _is_absolute(cls, path: Path) -> Path:
+        if not path.is_absolute():
+            raise ValueError(f"{path} is relative; give an absolute path: a job runs in a temporary copy of the code")
+        return path
 
 
 class AppSettings(_Settings):

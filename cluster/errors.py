@@ -15,6 +15,7 @@
     ├── PortTaken               another process listens where we were to
     ├── PeerRefused             a caller from another machine where only this one is served
     ├── Overloaded              the queue is full: try again later
+    ├── RouterUnavailable       the router does not answer
     ├── AdapterUnavailable      the shard that holds an adapter does not answer
     └── ReplicaLost             the base replica died and its answer could not be resumed
 
@@ -84,6 +85,10 @@ class PeerRefused(ZephyraError):
 
 class Overloaded(ZephyraError):
     """The queue is full: try again later."""
+
+
+class RouterUnavailable(ZephyraError):
+    """The router does not answer."""
 
 
 class AdapterUnavailable(ZephyraError):

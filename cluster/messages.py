@@ -23,6 +23,7 @@ MAX_MIXTURE_ENTRIES = 1024
 WEIGHT_STEP = 1 / 64
 """The router's weights are multiples of this, so that mixtures recur and what they need can be cached."""
 
+_VERSION_PATTERN = re.compile(r"0|[1-9][0-9]{0,17}")
 _DOMAIN_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
@@ -50,7 +51,7 @@ class AdapterRef:
     def parse(cls, text: str) -> "AdapterRef":
         """The inverse of `str`. Raises `InvalidInput` for anything else."""
         domain, _, version = text.partition("@")
-        if not version.isdecimal():
+        if not _VERSION_PATTERN.fullmatch(version):
             raise InvalidInput(f"{text!r} is not an adapter ref: expected domain@version, such as law@3.")
         return cls(check_domain_name(domain), int(version))
 

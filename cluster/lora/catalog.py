@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CatalogConflict, CorruptArtifact, UnknownDomain
+from cluster.lora.store import sync
 from cluster.messages import AdapterRef, check_domain_name
 
 _SNAPSHOT_EVERY = 32
@@ -81,11 +82,11 @@ class Catalog:
         newest = self.latest()
         changes: list[Change] = []
         for number in range(newest, 0, -1):
-            content = self._read(number)
-            if "state" in content:
-                state = CatalogState(generation=number, **content["state"])
+            change, snapshot = self._read(number)
+            if snapshot is not None:
+                state = snapshot
                 break
-            changes.append(Change(**{**content["change"], "withdrawn": tuple(content["change"]["withdrawn"])}))
+            changes.append(change)
         else:
             state = CatalogState()
         for change in reversed(changes):
@@ -114,13 +115,18 @@ class Catalog:
                 return after
         raise CatalogConflict(f"Others published {_ATTEMPTS} times while this publish was tried; try again.")
 
-    def _read(self, number: int) -> dict[str, Any]:
-        path = self._folder / f"{number}.json"
+    def _read(self, number: int) -> tuple[Change, CatalogState | None]:
+        """What a generation changed, and the whole state where it holds one."""
         try:
-            content: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CorruptArtifact(f"Generation {number} of the catalog cannot be read: {error}.") from error
-        return content
+            content = json.loads((self._folder / f"{number}.json").read_text())
+            change = Change(**{**content["change"], "withdrawn": tuple(content["change"]["withdrawn"])})
+            return change, CatalogState(generation=number, **content["state"]) if "state" in content else None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            # An OSError's own text names the path, which is nobody's business outside.
+            why = error.strerror if isinstance(error, OSError) else error
+            raise CorruptArtifact(
+                f"Generation {number} of the catalog cannot be read: {why}; restore the file from a copy."
+            ) from error
 
     def _create(self, after: CatalogState, change: Change) -> bool:
         content: dict[str, Any] = {
@@ -145,6 +151,7 @@ class Catalog:
             return False
         finally:
             draft.unlink()
+        sync(self._folder)
         return True
 
 

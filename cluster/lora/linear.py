@@ -63,28 +63,42 @@ class MixedBatch:
         """
         refs = tuple(sorted({ref for mixture in mixtures for ref in mixture.refs}))
         if not refs:
-            self._stacks, self._masks_TC = {}, []
+            self._clear()
             return
         arrangement = self._arrange(refs, resident)
-        column = {ref: index for index, ref in enumerate(refs)}
-        weights_BN = torch.zeros(len(mixtures), len(refs))
-        for row, mixture in enumerate(mixtures):
-            for ref, weight in mixture.entries:
-                weights_BN[row, column[ref]] = weight
-        weights_TN = weights_BN.to(arrangement.layouts[0].owner_C.device).repeat_interleave(tokens_per_row, dim=0)
+        # From lists: an entry beyond fp32 becomes infinity, which is that row's own error, where assigning it raises.
+        rows = [[weights.get(ref, 0.0) for ref in refs] for weights in (dict(mixture.entries) for mixture in mixtures)]
+        weights_TN = torch.tensor(rows, dtype=torch.float32, device=arrangement.layouts[0].owner_C.device)
+        if len(mixtures) > 1:  # a single row serves all its tokens by broadcasting
+            weights_TN = weights_TN.repeat_interleave(tokens_per_row, dim=0)
         self._stacks = arrangement.stacks
         self._masks_TC = [mask_columns(weights_TN, layout.owner_C, layout.scale_C) for layout in arrangement.layouts]
 
     def forget(self, ref: AdapterRef) -> None:
-        """Free every stack that holds a copy of this adapter."""
+        """Free every stack that holds a copy of this adapter, also the last step's."""
         for refs in [refs for refs in self._arrangements if ref in refs]:
             del self._arrangements[refs]
+        self._clear()
+
+    @property
+    def stacked_refs(self) -> frozenset[AdapterRef]:
+        """The adapters that some stack holds a copy of."""
+        return frozenset(ref for refs in self._arrangements for ref in refs)
+
+    @property
+    def stacked_bytes(self) -> int:
+        """Memory of the stacks: copies, beside the adapters themselves."""
+        stacks = [stack for kept in self._arrangements.values() for stack in kept.stacks.values()]
+        return sum(stack.a_CI.nbytes + stack.b_CO.nbytes for stack in stacks)
 
     def delta(self, name: str, x_TI: Tensor) -> Tensor | None:
         """What to add to the base's output of layer `name`, shape [T, O]; None when no active adapter changes it."""
         if (stack := self._stacks.get(name)) is None:
             return None
         return mixed_delta(x_TI, stack.a_CI, stack.b_CO, self._masks_TC[stack.layout])
+
+    def _clear(self) -> None:
+        self._stacks, self._masks_TC = {}, []
 
     def _arrange(self, refs: tuple[AdapterRef, ...], resident: Mapping[AdapterRef, AdapterWeights]) -> _Arrangement:
         if (kept := self._arrangements.get(refs)) is None:
@@ -132,6 +146,7 @@ class MixedLinear(nn.Module):
 
 def attach_mixed_batch(model: nn.Module) -> MixedBatch:
     """Wrap every adaptable layer of `model` in place and return the batch that steers them all."""
+    assert not any(isinstance(module, MixedLinear) for module in model.modules()), "a model has one mixed batch"
     batch = MixedBatch()
     for name, linear in adaptable_layers(model).items():
         parent, _, child = name.rpartition(".")

@@ -6,6 +6,7 @@ PEFT has no place for: the base's fingerprint and the checksum. Nothing else is 
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
-from cluster.errors import CorruptArtifact, IncompatibleAdapter
+from cluster.errors import CorruptArtifact, IncompatibleAdapter, ZephyraError
 from cluster.lora.weights import AdapterWeights, Factors
 
 MAX_ADAPTER_BYTES = 4 * 2**30
@@ -28,8 +29,18 @@ _UNMIXABLE = {
     "lora_bias": "it trains biases of B",
     "layer_replication": "it repeats layers",
     "trainable_token_indices": "it retrains token embeddings",
+    "target_parameters": "it changes parameters that are no linear layer's",
+    "alora_invocation_tokens": "it acts only after certain tokens",
+    "arrow_config": "it routes between other adapters",
+    "use_qalora": "it pools the layer's input",
+    "use_bdlora": "its factors are block-diagonal",
+    "kasa_config": "it changes the base's weights too",
+    "monteclora_config": "it draws its factors at random",
 }
 """PEFT options under which an adapter is more than a sum of B A, so that no mixture of it would be exact."""
+
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""PEFT initialisations that take the adapter's first value off the base's weights, or replace them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +66,10 @@ def pack(folder: Path) -> PackedAdapter:
                 f"The adapter in {folder.parent.name}/{folder.name} is not what was published; restore it."
             )
         return PackedAdapter(config_json, ours["base_fingerprint"], tensors)
-    except (OSError, ValueError, KeyError) as error:
-        raise CorruptArtifact(f"The adapter in {folder.parent.name}/{folder.name} cannot be read: {error}.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # An OSError's own text names the path, which is nobody's business outside.
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CorruptArtifact(f"The adapter in {folder.parent.name}/{folder.name} cannot be read: {why}.") from error
 
 
 def unpack(packed: PackedAdapter, dtype: torch.dtype, device: torch.device | str = "cpu") -> AdapterWeights:
@@ -64,9 +77,12 @@ def unpack(packed: PackedAdapter, dtype: torch.dtype, device: torch.device | str
     try:
         config = json.loads(packed.config_json)
         tensors = safetensors.torch.load(packed.tensors.tobytes())
-    except Exception as error:
+        factors = _factors(config, tensors, dtype, torch.device(device))
+    except ZephyraError:
+        raise
+    except Exception as error:  # whatever a strange file makes of these lines
         raise CorruptArtifact(f"The adapter is not in PEFT's layout: {error}.") from error
-    weights = AdapterWeights(_factors(config, tensors, dtype, torch.device(device)), packed.base_fingerprint)
+    weights = AdapterWeights(factors, packed.base_fingerprint)
     weights.check_finite()
     return weights
 
@@ -76,7 +92,7 @@ def read_foreign(folder: Path, base_fingerprint: str) -> AdapterWeights:
     try:
         config_json = (folder / _CONFIG).read_text()
         tensors = np.fromfile(folder / _TENSORS, dtype=np.uint8)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise CorruptArtifact(
             f"{folder.name} lacks {_CONFIG} or {_TENSORS}; expected a folder that PEFT saved."
         ) from error
@@ -127,13 +143,24 @@ def _factors(
             raise IncompatibleAdapter(f"The adapter sets {option}: {why}, so no mixture would be exact; train without.")
     if config.get("bias", "none") != "none":
         raise IncompatibleAdapter(f"The adapter trains biases (bias={config['bias']!r}); train with bias='none'.")
+    if str(config.get("init_lora_weights", "")).lower().startswith(_MOVES_THE_BASE):
+        raise IncompatibleAdapter(
+            f"The adapter was started by {config['init_lora_weights']!r}, which moves the base's own weights; convert it "
+            "with PEFT's path_initial_model_for_weight_conversion and save it again."
+        )
     factors = {}
     for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
         name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
         other = key.replace(".lora_A.", ".lora_B.")
         if other not in tensors:
             raise CorruptArtifact(f"The adapter has A but no B for {name}.")
-        a, b = tensors.pop(key).to(device, dtype), tensors.pop(other).to(device, dtype)
+        a, b = tensors.pop(key), tensors.pop(other)
+        if a.ndim != 2 or b.ndim != 2 or not a.shape[0] or not (a.is_floating_point() and b.is_floating_point()):
+            raise IncompatibleAdapter(
+                f"The adapter's factors for {name} are {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}; "
+                "expected two matrices of floating-point numbers."
+            )
+        a, b = a.to(device, dtype), b.to(device, dtype)
         factors[name] = Factors(a, b, _scale(config, name, a.shape[0]))
     if tensors or not factors:
         left = ", ".join(sorted(tensors)[:3]) or "no factors at all"
@@ -142,9 +169,8 @@ def _factors(
 
 
 def _scale(config: dict[str, Any], name: str, rank: int) -> float:
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        # PEFT takes the pattern as a regular expression on the end of the name; exact suffixes cover what is written.
-        if name == pattern or name.endswith(f".{pattern}"):
-            alpha = value
+    # As PEFT reads them: each pattern is a regular expression on the end of the name, and the first that fits counts.
+    patterns = (config.get("alpha_pattern") or {}).items()
+    fitting = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", name))
+    alpha = next(fitting, config["lora_alpha"])
     return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)

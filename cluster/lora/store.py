@@ -23,7 +23,7 @@ def write_version(parent: Path, write: Callable[[Path], None]) -> int:
         write(draft)
         for file in draft.rglob("*"):
             if file.is_file():
-                _sync(file)
+                sync(file)
         while True:
             version = max((int(f.name) for f in parent.iterdir() if f.name.isdecimal()), default=0) + 1
             try:
@@ -32,14 +32,15 @@ def write_version(parent: Path, write: Callable[[Path], None]) -> int:
                 if not (parent / str(version)).exists():
                     raise
                 continue
-            _sync(parent)
+            sync(parent)
             return version
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a folder, before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

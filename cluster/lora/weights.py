@@ -36,8 +36,10 @@ class AdapterWeights:
         return sum(f.a_RI.nbytes + f.b_OR.nbytes for f in self.factors.values())
 
     def check_finite(self) -> None:
-        """Raise `CorruptArtifact` if any factor holds NaN or infinity: it could reach other rows of a batch."""
+        """Raise `CorruptArtifact` if any factor or scale is NaN or infinite: it could reach other rows of a batch."""
         for name, f in self.factors.items():
+            if not abs(f.scale) <= torch.finfo(torch.float32).max:
+                raise CorruptArtifact(f"The adapter's scale for {name} is {f.scale}; expected a number, alpha / r.")
             if not (torch.isfinite(f.a_RI).all() and torch.isfinite(f.b_OR).all()):
                 raise CorruptArtifact(f"The adapter's factors for {name} hold NaN or infinity; train it again.")
 

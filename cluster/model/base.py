@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,7 +44,8 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32, device: str = "c
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    model.to(device).eval().requires_grad_(False)
+    torch.nn.Module.to(model, device)
+    model.eval().requires_grad_(False)
     return Base(model, tokenizer, fingerprint(folder), folder.name)
 
 
@@ -62,11 +64,18 @@ def fingerprint(folder: Path) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a completion's prompt, or of a chat through the model's own template."""
+    """Token ids of a completion's prompt, or of a chat through the model's own template.
+
+    What a user wrote is text and nothing else: `<|assistant|>` in it is encoded by its letters, so that nobody can
+    forge a turn. Raises `InvalidInput` for a chat that the template refuses.
+    """
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
+        return list(tokenizer(prompt, split_special_tokens=True)["input_ids"])
     if tokenizer.chat_template is None:
         raise InvalidInput("This base has no chat template; use /v1/completions (gRPC: prompt instead of messages).")
     messages = [{"role": message.role.value, "content": message.content} for message in prompt]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
+    except (jinja2.TemplateError, ValueError) as error:
+        raise InvalidInput(f"The chat template of this base refuses the messages: {error}.") from error
+    return list(encoded["input_ids"])

@@ -113,7 +113,8 @@ class ZephyraFusionDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, x_BTD: Tensor, **kwargs: Any) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), **kwargs)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        out_BTD: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        return out_BTD
 
 
 class ZephyraFusionPreTrainedModel(PreTrainedModel):
@@ -123,8 +124,8 @@ class ZephyraFusionPreTrainedModel(PreTrainedModel):
     config_class = ZephyraFusionConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("ZephyraFusionDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["ZephyraFusionDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -193,7 +194,7 @@ class ZephyraFusionModel(ZephyraFusionPreTrainedModel):
 class ZephyraFusionForCausalLM(ZephyraFusionPreTrainedModel, GenerationMixin):
     """Zephyra Fusion with its output head, tied to the embeddings."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - read as it is by transformers
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: ZephyraFusionConfig) -> None:
         super().__init__(config)

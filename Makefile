@@ -1,0 +1,35 @@
+# The two commands of a newcomer: make serve, make test. Everything else is for those who change the code.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup serve test check format protos constraints bench
+
+setup: .venv/.installed
+
+# Made anew only when what is to be installed changes, so that a second `make serve` starts at once.
+.venv/.installed: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch .venv/.installed
+
+serve: setup
+	$(BIN)/zephyra serve
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: setup
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. deployments/protos/zephyra.proto
+
+constraints: setup
+	(echo "# Every package of a working environment, pinned. Made by: make constraints"; \
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//') > constraints.txt

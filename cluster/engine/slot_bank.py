@@ -1,0 +1,102 @@
+"""The slot bank: adapters resident beside the base, within a budget of bytes.
+
+Adapters of running sequences are pinned; of the others, the least recently used make room. Knows nothing of queues:
+the scheduler says what to spare.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from cluster.errors import IncompatibleAdapter
+from cluster.lora.weights import AdapterWeights
+from cluster.messages import AdapterRef
+
+
+class SlotBank:
+    """Resident adapters, least recently used first."""
+
+    def __init__(self, budget_bytes: int, on_evict: Callable[[AdapterRef], None]) -> None:
+        """`on_evict` frees whatever else holds a copy of an adapter that leaves."""
+        self.budget_bytes = budget_bytes
+        self.num_evictions = 0
+        self.used_bytes = 0
+        self._on_evict = on_evict
+        self._resident: OrderedDict[AdapterRef, AdapterWeights] = OrderedDict()
+        self._pins: Counter[AdapterRef] = Counter()
+        self._sizes_bytes: dict[AdapterRef, int] = {}
+        """Of every adapter ever seen, so that what left is asked for again only when it fits. One number each."""
+
+    @property
+    def resident(self) -> Mapping[AdapterRef, AdapterWeights]:
+        return self._resident
+
+    @property
+    def pinned(self) -> frozenset[AdapterRef]:
+        """The adapters of running sequences."""
+        return frozenset(self._pins)
+
+    def holds(self, refs: Iterable[AdapterRef]) -> bool:
+        """Whether all of `refs` are resident."""
+        return all(ref in self._resident for ref in refs)
+
+    def known_bytes(self, refs: Iterable[AdapterRef]) -> int:
+        """What `refs` take together; an adapter never seen counts as nothing."""
+        return sum(self._sizes_bytes.get(ref, 0) for ref in refs)
+
+    def has_room(self, refs: Collection[AdapterRef]) -> bool:
+        """Whether `refs` fit beside what is pinned, as far as their sizes are known."""
+        return self.known_bytes(self.pinned.union(refs)) <= self.budget_bytes
+
+    def add(self, ref: AdapterRef, weights: AdapterWeights, spare: Collection[AdapterRef]) -> None:
+        """Make `ref` resident, evicting what is neither pinned nor in `spare`, least recently used first.
+
+        When that is not enough room, nothing is evicted and `ref` is not kept: it may be added again later. Raises
+        `IncompatibleAdapter` for an adapter larger than the whole budget.
+        """
+        if ref in self._resident:
+            return
+        self._sizes_bytes[ref] = weights.num_bytes
+        if weights.num_bytes > self.budget_bytes:
+            raise IncompatibleAdapter(
+                f"The adapter {ref} has {weights.num_bytes} bytes and the slot bank {self.budget_bytes}; "
+                "raise adapter_bytes in the engine's settings."
+            )
+        excess_bytes = self.used_bytes + weights.num_bytes - self.budget_bytes
+        evicted: list[AdapterRef] = []
+        for candidate, other in self._resident.items():
+            if excess_bytes <= 0:
+                break
+            if candidate not in self._pins and candidate not in spare:
+                evicted.append(candidate)
+                excess_bytes -= other.num_bytes
+        if excess_bytes > 0:
+            return
+        for old in evicted:
+            self._evict(old)
+        self._resident[ref] = weights
+        self.used_bytes += weights.num_bytes
+
+    def pin(self, refs: Iterable[AdapterRef]) -> None:
+        """Keep `refs`, which are resident, until `unpin`; they are now the most recently used."""
+        for ref in refs:
+            self._resident.move_to_end(ref)
+            self._pins[ref] += 1
+
+    def unpin(self, refs: Iterable[AdapterRef]) -> None:
+        """The counterpart of `pin`."""
+        for ref in refs:
+            self._pins[ref] -= 1
+            if not self._pins[ref]:
+                del self._pins[ref]
+
+    def check_integrity(self, in_use: Counter[AdapterRef]) -> None:
+        """Assert that exactly the adapters `in_use` are pinned, as often as used, resident, and the budget kept."""
+        assert self._pins == in_use
+        assert self.holds(in_use)
+        assert self.used_bytes == sum(weights.num_bytes for weights in self._resident.values())
+        assert self.used_bytes <= self.budget_bytes
+
+    def _evict(self, ref: AdapterRef) -> None:
+        self.used_bytes -= self._resident.pop(ref).num_bytes
+        self.num_evictions += 1
+        self._on_evict(ref)

@@ -1,0 +1,99 @@
+"""Features -> one unit vector per text, what is novel in it, and the evidence of how much of it was ever seen.
+
+Knows nothing of domains. Letters: N features, B texts, W width of the vector, U width of what is novel, C cells (text
+and kind), K kinds, E evidence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cluster.router.features import NUM_KINDS, PAIR, FeatureBatch
+from cluster.router.lexicon import UNKNOWN, Lexicon
+
+NUM_EVIDENCE = NUM_KINDS + 2
+
+NOVEL_WIDTH = 64
+_NOVEL_ROWS = 4096
+_NOVEL_SEED = 5
+_INITIAL_STD = 0.05
+_LENGTH_FLOOR = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """What the head reads of texts."""
+
+    z_BW: Tensor
+    """Unit vectors; zero for a text without any feature that has a row."""
+    novel_BU: Tensor
+    """Random directions of the features without rows, summed: of length 1 when all are without, 0 when none is."""
+    evidence_BE: Tensor
+    """Share of known features by kind, log length of the vector before normalising, log number of features."""
+
+
+class Encoder(nn.Module):
+    """A bag of feature vectors, then a feed-forward block beside the identity, then a unit vector."""
+
+    def __init__(self, lexicon: Lexicon, num_rows: int, width: int) -> None:
+        """`num_rows` may exceed the lexicon's rows when training saw fewer features; the rest stay unused."""
+        super().__init__()
+        self.lexicon = lexicon
+        self.table = nn.Embedding(num_rows, width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        nn.init.normal_(self.table.weight, std=_INITIAL_STD)
+        # Fixed, not learned: a domain added from examples is recognised by words that training never saw.
+        directions = torch.randn(_NOVEL_ROWS, NOVEL_WIDTH, generator=torch.Generator().manual_seed(_NOVEL_SEED))
+        self.register_buffer("novel_table", directions, persistent=False)
+
+    novel_table: Tensor
+
+    def forward(self, batch: FeatureBatch, hidden_N: Tensor | None = None) -> Encoding:
+        """Encode a batch; features marked in `hidden_N` (bool) are taken for never seen."""
+        rows_N = self.lexicon.rows[batch.slots_N].long()
+        if hidden_N is not None:
+            rows_N = rows_N.masked_fill(hidden_N, UNKNOWN)
+        cells_N = batch.texts_N * NUM_KINDS + batch.kinds_N
+        num_cells = batch.num_texts * NUM_KINDS
+        all_C = torch.bincount(cells_N, minlength=num_cells)
+        known_C = torch.bincount(cells_N[rows_N != UNKNOWN], minlength=num_cells)
+        # Divided by all features of the kind, also the unknown: what is unknown dilutes what is known.
+        weights_N = all_C.float().rsqrt()[cells_N]
+        kept_N = rows_N >= 0
+        bag_BW = _bag(self.table.weight, rows_N, batch, kept_N, weights_N)
+        h_BW = bag_BW + self.down(nn.functional.gelu(self.up(bag_BW)))
+        length_B1 = torch.linalg.vector_norm(bag_BW, dim=1, keepdim=True)
+        all_BK = all_C.view(-1, NUM_KINDS)
+        share_BK = known_C.view(-1, NUM_KINDS) / all_BK.clamp(min=1)
+        size_B1 = all_BK.sum(1, keepdim=True).log1p() / 4
+        evidence_BE = torch.cat((share_BK, (length_B1 + _LENGTH_FLOOR).log(), size_B1), dim=1)
+        return Encoding(nn.functional.normalize(h_BW, dim=1), self._novel(batch, ~kept_N, weights_N), evidence_BE)
+
+    def _novel(self, batch: FeatureBatch, rowless_N: Tensor, weights_N: Tensor) -> Tensor:
+        """The direction of the rowless words and characters, as long as their share of all words and characters."""
+        counted_N = batch.kinds_N != PAIR
+        rowless_N = rowless_N & counted_N
+        sum_BU = _bag(self.novel_table, batch.slots_N % _NOVEL_ROWS, batch, rowless_N, weights_N)
+        size_B = torch.bincount(batch.texts_N[counted_N], minlength=batch.num_texts).clamp(min=1)
+        share_B = torch.bincount(batch.texts_N[rowless_N], minlength=batch.num_texts) / size_B
+        return nn.functional.normalize(sum_BU, dim=1) * share_B[:, None]
+
+
+def join(parts: Sequence[Encoding]) -> Encoding:
+    """Encodings of several batches as one."""
+    return Encoding(
+        torch.cat([part.z_BW for part in parts]),
+        torch.cat([part.novel_BU for part in parts]),
+        torch.cat([part.evidence_BE for part in parts]),
+    )
+
+
+def _bag(table: Tensor, rows_N: Tensor, batch: FeatureBatch, kept_N: Tensor, weights_N: Tensor) -> Tensor:
+    """The weighted sum of a table's rows over each text's kept features."""
+    sizes_B = torch.bincount(batch.texts_N[kept_N], minlength=batch.num_texts)
+    return nn.functional.embedding_bag(
+        rows_N[kept_N], table, sizes_B.cumsum(0) - sizes_B, mode="sum", per_sample_weights=weights_N[kept_N]
+    )

@@ -1,0 +1,184 @@
+"""Training of tiny ada, one optimizer step at a time, resumable at any of them.
+
+Prototypes are learned beside the encoder, against prompts whose words and domains are hidden at random. Knows nothing
+of files or progress bars. Letters: B texts, D domains, P prototypes, W width.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from cluster.config import RouterSettings
+from cluster.errors import InvalidData
+from cluster.messages import NONE_DOMAIN, check_domain_name
+from cluster.router.encoder import NOVEL_WIDTH, Encoder, Encoding, join
+from cluster.router.episodes import draw_episode
+from cluster.router.features import NUM_SLOTS, TextFeatures, collate, extract
+from cluster.router.head import Head, domain_logits
+from cluster.router.lexicon import count
+from cluster.router.policy import Policy
+from cluster.router.tiny_ada import TinyAda
+
+PARAMETER_FLOOR = 262_144
+"""Parameters of the router for a base so small that its share would not suffice."""
+
+SHARE_OF_BASE = 0.04
+"""Parameters of the router beside the base's, above the floor: a base of 10M and more gets 1 to 5 %."""
+
+_ENCODE_BATCH = 256
+_CHECKPOINT = "router_fit.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class _Labelled:
+    features: list[TextFeatures]
+    labels_B: Tensor
+
+
+class RouterFit:
+    """A training run. `step` it `num_steps` times, then `finish`."""
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        domains: Sequence[str],
+        val_texts: Sequence[str],
+        val_domains: Sequence[str],
+        settings: RouterSettings,
+        num_base_parameters: int,
+    ) -> None:
+        """`domains` names the domain of each text; "none" marks texts of no domain, which may be absent.
+
+        Validation texts calibrate and teach nothing. Raises `InvalidData` for lengths that differ, no domain at all,
+        or a domain that is validated but not trained; `InvalidInput` for an impossible name.
+        """
+        self.domains = tuple(sorted({check_domain_name(name) for name in domains if name != NONE_DOMAIN}))
+        if not self.domains:
+            raise InvalidData("The router has no domain to learn; give texts of at least one.")
+        self.settings = settings
+        self.num_steps = settings.steps
+        self._train = self._labelled("training", texts, domains)
+        self._val = self._labelled("validation", val_texts, val_domains)
+        if not bool((self._val.labels_B < len(self.domains)).any()):
+            raise InvalidData("There is no validation text of any domain; the router needs some to calibrate.")
+        self._build(max(PARAMETER_FLOOR, int(SHARE_OF_BASE * num_base_parameters)))
+        self._num_done = 0
+        self._rng = torch.Generator().manual_seed(settings.seed)
+
+    def _labelled(self, what: str, texts: Sequence[str], domains: Sequence[str]) -> _Labelled:
+        if len(texts) != len(domains):
+            raise InvalidData(f"There are {len(texts)} {what} texts and {len(domains)} domains; each text needs one.")
+        numbers = {name: number for number, name in enumerate((*self.domains, NONE_DOMAIN))}
+        strange = sorted(set(domains) - set(numbers))
+        if strange:
+            raise InvalidData(f"The {what} texts name {strange[0]!r}, which no training text does; add some to both.")
+        return _Labelled([extract(text) for text in texts], torch.tensor([numbers[name] for name in domains]))
+
+    def _build(self, num_parameters: int) -> None:
+        """Make everything trained, of at most `num_parameters`, from the seed."""
+        width, num_domains = self.settings.width, len(self.domains)
+        labels = self._train.labels_B.numpy()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            self.head = Head(num_domains, self.settings.prototypes_per_domain, width)
+            layers = sum(p.numel() for p in self.head.parameters()) + 4 * width * width + 3 * width
+            num_rows = min((num_parameters - layers) // width, NUM_SLOTS)
+            self._counted = count(self._train.features, labels, num_domains + 1, num_rows)
+            self.encoder = Encoder(self._counted.lexicon, num_rows, width)
+            proxies_DPW = torch.randn(num_domains, self.settings.prototypes_per_domain, width)
+        self.proxies_DPW = nn.Parameter(nn.functional.normalize(proxies_DPW, dim=-1))
+        self._trained = [*self.encoder.parameters(), *self.head.parameters(), self.proxies_DPW]
+        self._optimizer = torch.optim.Adam(self._trained, lr=self.settings.learning_rate)
+        # Between drawing by rows, where a small domain drowns, and by domains, where it is learned by heart.
+        sizes = np.bincount(labels, minlength=num_domains + 1)
+        self._draw_weights_B = torch.from_numpy(1 / np.sqrt(sizes[labels]))
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts of one step."""
+        return self.settings.batch_size
+
+    def step(self) -> float:
+        """One optimizer step; returns its loss, in nats. The learning rate falls along half a cosine."""
+        settings, num_domains = self.settings, len(self.domains)
+        progress = min(self._num_done / self.num_steps, 1.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+        drawn_B = torch.multinomial(self._draw_weights_B, settings.batch_size, replacement=True, generator=self._rng)
+        batch = collate([self._train.features[index] for index in drawn_B.tolist()])
+        episode = draw_episode(batch, self._train.labels_B[drawn_B], self._counted, num_domains, settings, self._rng)
+        encoding = self.encoder(batch, episode.hidden_N)
+        prototypes_DPW = nn.functional.normalize(self.proxies_DPW, dim=-1)
+        count_D = torch.full((num_domains,), settings.prototypes_per_domain)
+        logits_BD = domain_logits(encoding.z_BW, prototypes_DPW, count_D).masked_fill(episode.hidden_D, -math.inf)
+        logits_BC = torch.cat((logits_BD, self.head.none_logit(encoding)[:, None]), dim=1)
+        loss = nn.functional.cross_entropy(logits_BC, episode.labels_B)
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        self._optimizer.step()
+        self._num_done += 1
+        return loss.item()
+
+    @torch.no_grad()
+    def finish(self) -> TinyAda:
+        """The router as trained so far, calibrated on the validation texts. Training may go on afterwards."""
+        encoder, head = copy.deepcopy(self.encoder), copy.deepcopy(self.head)
+        for index, rows_PW in enumerate(nn.functional.normalize(self.proxies_DPW, dim=-1)):
+            head.set_rows(index, nn.functional.pad(rows_PW, (0, NOVEL_WIDTH)))
+        ada = TinyAda(self.domains, encoder, head, Policy(0.0)).eval()
+        ada.calibrate(self._encode(self._val.features), self._val.labels_B, self.settings.target_false_rejection)
+        return ada
+
+    def _encode(self, features: list[TextFeatures]) -> Encoding:
+        starts = range(0, len(features), _ENCODE_BATCH)
+        return join([self.encoder(collate(features[start : start + _ENCODE_BATCH])) for start in starts])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that changes from step to step, the optimizer and the random state included, as plain tensors."""
+        state = {f"parameter.{index}": parameter.detach().clone() for index, parameter in enumerate(self._trained)}
+        for index, moments in self._optimizer.state_dict()["state"].items():
+            state.update({f"optimizer.{index}.{name}": value.clone() for name, value in moments.items()})
+        state["random"] = self._rng.get_state()
+        state["num_done"] = torch.tensor(self._num_done)
+        state["row_slots"] = self._counted.lexicon.row_slots.clone()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken: further steps give the same bits as if never interrupted.
+
+        Raises `InvalidData` when the state comes from other texts, domains or settings.
+        """
+        parameters = [state.get(f"parameter.{index}") for index in range(len(self._trained))]
+        fits = [
+            value is not None and value.shape == own.shape for value, own in zip(parameters, self._trained, strict=True)
+        ]
+        if not all(fits) or not torch.equal(state["row_slots"], self._counted.lexicon.row_slots):
+            raise InvalidData("The router's checkpoint comes from other texts or settings; delete it and start again.")
+        for own, index in zip(self._trained, range(len(self._trained)), strict=True):
+            own.copy_(state[f"parameter.{index}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("optimizer."):
+                _, index_text, moment = name.split(".")
+                moments.setdefault(int(index_text), {})[moment] = value.clone()
+        optimizer_state = self._optimizer.state_dict()
+        self._optimizer.load_state_dict({**optimizer_state, "state": moments})
+        self._rng.set_state(state["random"])
+        self._num_done = int(state["num_done"])
+
+    def save(self, folder: Path) -> None:
+        """Write `state_dict` into `folder`, which exists."""
+        safetensors.torch.save_file(self.state_dict(), folder / _CHECKPOINT)
+
+    def load(self, folder: Path) -> int:
+        """Go on where `save` was called; returns how many steps were done then. Raises like `load_state_dict`."""
+        self.load_state_dict(safetensors.torch.load_file(folder / _CHECKPOINT))
+        return self._num_done

@@ -1,0 +1,241 @@
+"""Tiny ada, the router: from prompts to probabilities over domains and none, and to the weights to mix them with.
+
+Knows nothing of adapters, versions or training by gradient. Letters: B texts, D domains, V width of a prototype.
+"""
+
+import bisect
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cluster.errors import CorruptArtifact, InvalidData, InvalidInput, UnknownDomain
+from cluster.messages import NONE_DOMAIN, RoutingDecision, check_domain_name
+from cluster.router.calibration import fit_temperature, fit_threshold
+from cluster.router.encoder import Encoder, Encoding, join
+from cluster.router.features import collate, extract
+from cluster.router.head import Head, domain_logits, keys
+from cluster.router.lexicon import Lexicon
+from cluster.router.policy import Policy, probabilities
+from cluster.router.prototypes import cluster_prototypes, recentre
+
+_CONFIG, _TENSORS = "router.json", "router.safetensors"
+_ENCODE_BATCH = 256
+_FOLDS = 5
+_HELD_OUT_EVERY = 5
+_EXAMPLES_TO_PASS = 0.8
+"""Share of a new domain's examples that its offset lets pass, each judged by prototypes made without it."""
+
+
+class TinyAda(nn.Module):
+    """The router. Immutable in serving: adding or removing a domain gives a new one."""
+
+    def __init__(self, domains: tuple[str, ...], encoder: Encoder, head: Head, policy: Policy) -> None:
+        """`domains`, sorted, name the rows of `head`."""
+        super().__init__()
+        assert list(domains) == sorted(set(domains)), "domains must be sorted and all different"
+        self.domains = domains
+        self.encoder = encoder
+        self.head = head
+        self.policy = policy
+
+    @property
+    def num_parameters(self) -> int:
+        """Everything trained by gradient: the encoder's table and layers and the none network.
+
+        Prototypes are not counted (they are rows of data, made from examples), nor the lexicon's indices.
+        """
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def encode(self, texts: Sequence[str]) -> Encoding:
+        """What the head reads of `texts`; differentiable."""
+        encoding: Encoding = self.encoder(collate([extract(text) for text in texts]))
+        return encoding
+
+    def logits(self, texts: Sequence[str]) -> Tensor:
+        """[B, D + 1], none last, calibrated: their softmax is the probabilities. Differentiable."""
+        logits_BC: Tensor = self.head(self.encode(texts))
+        return logits_BC
+
+    def scores(self, texts: Sequence[str]) -> Tensor:
+        """Log-probabilities [B, D + 1], none last; differentiable, so that joint fine-tuning trains through them."""
+        return self.logits(texts).log_softmax(1)
+
+    @torch.inference_mode()
+    def route(self, texts: Sequence[str]) -> list[RoutingDecision]:
+        """Decide for each text; any string is accepted. `compute_ms` is what the text's share of the call took."""
+        decisions: list[RoutingDecision] = []
+        for start in range(0, len(texts), _ENCODE_BATCH):
+            start_s = time.perf_counter()
+            rows = self.logits(texts[start : start + _ENCODE_BATCH]).tolist()
+            decided = [(probabilities(self.domains, row), self.policy.weights(self.domains, row)) for row in rows]
+            compute_ms = (time.perf_counter() - start_s) * 1000 / len(rows)
+            decisions += [RoutingDecision(probable, weights, compute_ms) for probable, weights in decided]
+        return decisions
+
+    @torch.no_grad()
+    def with_domain(self, name: str, examples: Sequence[str]) -> "TinyAda":
+        """A router that also knows `name`, from a few prompts of it: rows are added, nothing is trained.
+
+        Every other logit stays as it is, bit for bit. The new domain takes
+        prompts that are as near to its examples as most of those are to each other.
+        Raises `InvalidInput` for a name that is taken or cannot be one, or when there are no examples.
+        """
+        check_domain_name(name)
+        if name in self.domains:
+            raise InvalidInput(
+                f"The router knows the domain {name!r} already; remove it first, or choose another name."
+            )
+        if not examples:
+            raise InvalidInput(f"There are no examples of the domain {name!r}; give at least one prompt.")
+        encoding = self._encode_all(examples)
+        grown = copy.deepcopy(self)
+        index = bisect.bisect(self.domains, name)
+        grown.domains = (*self.domains[:index], name, *self.domains[index:])
+        grown.head.insert(index)
+        grown.head.set_rows(index, cluster_prototypes(keys(encoding), self._num_rows))
+        grown.head.offsets_D[index] = self._offset(encoding)
+        return grown
+
+    def without_domain(self, name: str) -> "TinyAda":
+        """A router that no longer knows `name`; every other logit stays as it is. Raises `UnknownDomain`."""
+        index = self._index(name)
+        shrunk = copy.deepcopy(self)
+        shrunk.domains = (*self.domains[:index], *self.domains[index + 1 :])
+        shrunk.head.remove(index)
+        return shrunk
+
+    @torch.no_grad()
+    def refit(self, texts: Sequence[str], domains: Sequence[str], target_false_rejection: float = 0.01) -> None:
+        """Rebuild prototypes, temperature and threshold, in place, after the encoder moved.
+
+        `domains` names the domain of each text, or none; every domain needs a text. Of each domain every fifth text
+        calibrates and the others move the prototypes. None's logit is shifted as far as the held-out prompts' logits
+        for their own domains were, so that domains and none stand to each other as before. Raises `InvalidData` or
+        `UnknownDomain`.
+        """
+        missing = set(self.domains) - set(domains)
+        if missing or len(texts) != len(domains):
+            lacking = ", ".join(sorted(missing)) or f"a domain for each text ({len(domains)} for {len(texts)})"
+            raise InvalidData(f"The texts to refit on lack {lacking}; give some of every domain, each with its domain.")
+        num_domains = len(self.domains)
+        labels_B = torch.tensor([num_domains if name == NONE_DOMAIN else self._index(name) for name in domains])
+        encoding = self._encode_all(texts)
+        held_B = _every_nth(labels_B, num_domains + 1)
+        for index in range(num_domains):
+            own_B = labels_B == index
+            # A domain with a single text has it serve for both.
+            self._recentre(index, keys(encoding)[own_B & ~held_B if bool((own_B & ~held_B).any()) else own_B])
+        held, labels_B = _rows(encoding, held_B), labels_B[held_B]
+        self.head.none_offset += _own_logit(self.head.raw_logits(held), labels_B) - self.head.own_logit
+        self.calibrate(held, labels_B, target_false_rejection)
+
+    @torch.no_grad()
+    def calibrate(self, encoding: Encoding, labels_B: Tensor, target_false_rejection: float) -> None:
+        """Fit temperature and threshold to held-out prompts; `labels_B` numbers their domains, D for none."""
+        raw_BC = self.head.raw_logits(encoding)
+        self.head.own_logit.copy_(_own_logit(raw_BC, labels_B))
+        self.head.temperature.fill_(fit_temperature(raw_BC, labels_B))
+        self.policy = Policy(fit_threshold(raw_BC / self.head.temperature, labels_B, target_false_rejection))
+
+    def save(self, folder: Path) -> None:
+        """Write the router into `folder`, which exists, as one JSON and one safetensors file."""
+        saved = _Saved(
+            domains=self.domains,
+            num_table_rows=self.encoder.table.num_embeddings,
+            width=self.encoder.table.embedding_dim,
+            threshold=self.policy.threshold,
+        )
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        safetensors.torch.save_file(tensors, folder / _TENSORS)
+        (folder / _CONFIG).write_text(saved.model_dump_json(indent=2))
+
+    @classmethod
+    def load(cls, folder: Path) -> "TinyAda":
+        """The router that `save` wrote. Raises `CorruptArtifact` when it cannot be read or is not what it says."""
+        try:
+            saved = _Saved.model_validate_json((folder / _CONFIG).read_text())
+            tensors = safetensors.torch.load_file(folder / _TENSORS)
+            lexicon = Lexicon(tensors["encoder.lexicon.row_slots"], tensors["encoder.lexicon.known_bits"])
+            num_domains, num_rows, _ = tensors["head.prototypes_DPV"].shape
+            if num_domains != len(saved.domains):
+                raise CorruptArtifact(f"The router names {len(saved.domains)} domains and has rows for {num_domains}.")
+            encoder = Encoder(lexicon, saved.num_table_rows, saved.width)
+            ada = cls(saved.domains, encoder, Head(num_domains, num_rows, saved.width), Policy(saved.threshold))
+            ada.load_state_dict(tensors)
+        except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
+            raise CorruptArtifact(f"The router in {folder.name} cannot be read ({error}); train it again.") from error
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            raise CorruptArtifact(f"The router in {folder.name} holds NaN or infinity; train it again.")
+        return ada
+
+    @property
+    def _num_rows(self) -> int:
+        return self.head.prototypes_DPV.shape[1]
+
+    def _index(self, name: str) -> int:
+        if name not in self.domains:
+            raise UnknownDomain(f"The router knows no domain {name!r}; it knows {', '.join(self.domains) or 'none'}.")
+        return self.domains.index(name)
+
+    def _encode_all(self, texts: Sequence[str]) -> Encoding:
+        return join([self.encode(texts[i : i + _ENCODE_BATCH]) for i in range(0, len(texts), _ENCODE_BATCH)])
+
+    def _offset(self, encoding: Encoding) -> Tensor:
+        """What brings the threshold where most of a new domain's examples pass, each judged without its own help."""
+        keys_NV = keys(encoding)
+        none_N = self.head.none_logit(encoding) + self.head.none_offset
+        num_folds = min(_FOLDS, len(keys_NV))
+        fold_N = torch.arange(len(keys_NV)) % num_folds
+        margin_N = torch.empty(len(keys_NV))
+        for fold in range(num_folds):
+            judged_N = fold_N == fold
+            rows_PV = cluster_prototypes(keys_NV if num_folds == 1 else keys_NV[~judged_N], self._num_rows)
+            count = torch.tensor([len(rows_PV)])
+            margin_N[judged_N] = domain_logits(keys_NV[judged_N], rows_PV[None], count)[:, 0] - none_N[judged_N]
+        return self.policy.threshold * self.head.temperature - margin_N.quantile(1 - _EXAMPLES_TO_PASS)
+
+    def _recentre(self, index: int, keys_NV: Tensor) -> None:
+        rows_PV = self.head.prototypes_DPV[index, : self.head.num_prototypes_D[index]]
+        width = self.encoder.table.embedding_dim
+        if not bool(rows_PV[:, width:].any()):
+            # Trained, not added from examples: what is novel in a prompt says nothing for such a domain.
+            keys_NV = torch.cat((keys_NV[:, :width], torch.zeros_like(keys_NV[:, width:])), dim=1)
+        self.head.set_rows(index, recentre(keys_NV, rows_PV))
+
+
+class _Saved(BaseModel):
+    """What the tensors alone do not say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    domains: tuple[str, ...]
+    num_table_rows: int = Field(ge=1, le=2**28)
+    width: int = Field(ge=1, le=2**16)
+    threshold: float = Field(allow_inf_nan=False)
+
+
+def _rows(encoding: Encoding, chosen_B: Tensor) -> Encoding:
+    return Encoding(encoding.z_BW[chosen_B], encoding.novel_BU[chosen_B], encoding.evidence_BE[chosen_B])
+
+
+def _own_logit(raw_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """The mean logit of prompts of a domain for that domain; those of none do not count."""
+    known_B = labels_B < raw_BC.shape[1] - 1
+    return raw_BC[known_B].gather(1, labels_B[known_B][:, None]).mean()
+
+
+def _every_nth(labels_B: Tensor, num_labels: int) -> Tensor:
+    """bool [B]: the first of every `_HELD_OUT_EVERY` texts of each label."""
+    held_B = torch.zeros(len(labels_B), dtype=torch.bool)
+    for label in range(num_labels):
+        held_B[(labels_B == label).nonzero()[::_HELD_OUT_EVERY, 0]] = True
+    return held_B

@@ -1,0 +1,38 @@
+"""What a stage needs from the stages before: the published base, adapters and router of a root."""
+
+from pathlib import Path
+
+import torch
+
+from cluster.errors import StageOrder
+from cluster.lora.catalog import CatalogState
+from cluster.lora.peft_format import pack, unpack
+from cluster.lora.weights import AdapterWeights
+from cluster.messages import AdapterRef
+from cluster.model.base import Base, load_base
+from cluster.router.tiny_ada import TinyAda
+
+
+def published_base(root: Path, state: CatalogState) -> Base:
+    """The current base. Raises `StageOrder` when none has been published."""
+    if state.base is None:
+        raise StageOrder(f"{root} holds no base yet; run stage 'base' first, or `zephyra train all`.")
+    return load_base(root / "base" / str(state.base))
+
+
+def published_adapter(root: Path, ref: AdapterRef) -> AdapterWeights:
+    """The factors of one published version, in float32."""
+    return unpack(pack(root / "adapters" / ref.domain / str(ref.version)), torch.float32)
+
+
+def published_router(root: Path, state: CatalogState) -> TinyAda:
+    """The current router. Raises `StageOrder` when none has been published."""
+    if state.router is None:
+        raise StageOrder(f"{root} holds no router yet; run stage 'router' first.")
+    return TinyAda.load(root / "router" / str(state.router))
+
+
+def require_adapters(root: Path, state: CatalogState) -> None:
+    """Raise `StageOrder` when no adapter has been published."""
+    if not state.adapters:
+        raise StageOrder(f"{root} holds no adapters yet; run stage 'adapters' first.")

@@ -1,0 +1,214 @@
+"""Training data: Parquet in, batches of token ids out. Knows nothing of models or adapters.
+
+A folder of Parquet files with columns `domain, prompt, response, split`; others are ignored, except `prompt_bare`, the
+prompt without words that give its domain away, which the router reads where it is there. Two names are no domains:
+rows of `none` are prompts that no domain answers (the router learns to abstain on them, the base to answer them), rows
+of `base` are text for the base alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cluster.errors import InvalidData, InvalidInput
+from cluster.messages import NONE_DOMAIN, check_domain_name
+from cluster.model.base import encode_prompt
+
+BASE_DOMAIN = "base"
+SPLITS = ("train", "val", "test")
+_COLUMNS = ("domain", "prompt", "response", "split")
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt and its answer."""
+
+    domain: str
+    prompt: str
+    response: str
+    routed_prompt: str
+    """What the router reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """All rows of a folder, by split."""
+
+    splits: dict[str, list[Row]]
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The real domains, sorted."""
+        named = {row.domain for rows in self.splits.values() for row in rows}
+        return tuple(sorted(named - {NONE_DOMAIN, BASE_DOMAIN}))
+
+    def rows(self, split: str, domain: str | None = None, limit: int | None = None) -> list[Row]:
+        """Rows of a split in file order, of one domain if named, the first `limit` of them."""
+        rows = self.splits.get(split, [])
+        return [row for row in rows if domain is None or row.domain == domain][:limit]
+
+
+def read_data(folder: Path) -> DataSet:
+    """Read every Parquet file below `folder`. Raises `InvalidData` naming the file and what is wrong in it."""
+    files = sorted(folder.rglob("*.parquet"))
+    if not files:
+        raise InvalidData(f"There is no Parquet file below {folder}; expected columns {', '.join(_COLUMNS)}.")
+    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for file in files:
+        for index, record in enumerate(_read_table(file).to_pylist()):
+            if None in record.values():
+                empty = next(name for name, value in record.items() if value is None)
+                raise InvalidData(f"Row {index} of {file.name} has no {empty}; fill it in or drop the row.")
+            if record["split"] not in splits:
+                raise InvalidData(
+                    f"Row {index} of {file.name} has the split {record['split']!r}; expected {', '.join(SPLITS)}."
+                )
+            _check_domain(record["domain"], index, file)
+            routed = record.get("prompt_bare", record["prompt"])
+            splits[record["split"]].append(Row(record["domain"], record["prompt"], record["response"], routed))
+    data = DataSet(splits)
+    if not any(splits.values()):
+        raise InvalidData(f"The Parquet files below {folder} hold no rows; expected at least one domain's.")
+    for domain in data.domains:
+        if not data.rows("train", domain):
+            raise InvalidData(f"Domain {domain!r} has no rows with the split 'train'; add some or drop the domain.")
+    return data
+
+
+def _check_domain(domain: str, index: int, file: Path) -> None:
+    if domain in (NONE_DOMAIN, BASE_DOMAIN):
+        return
+    try:
+        check_domain_name(domain)
+    except InvalidInput as error:
+        raise InvalidData(f"Row {index} of {file.name} has a domain that cannot be: {error}") from error
+
+
+def _read_table(file: Path) -> pa.Table:
+    try:
+        parquet = pq.ParquetFile(file)
+        present = set(parquet.schema_arrow.names)
+        if missing := [column for column in _COLUMNS if column not in present]:
+            raise InvalidData(
+                f"{file.name} lacks the column {missing[0]!r}; it has {', '.join(sorted(present))}, "
+                f"expected {', '.join(_COLUMNS)}."
+            )
+        wanted = [*_COLUMNS, *({"prompt_bare"} & present)]
+        return parquet.read(columns=wanted).cast(pa.schema([(name, pa.string()) for name in wanted]))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise InvalidData(f"{file.name} cannot be read as Parquet with text columns: {error}.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row as token ids: prompt, then response and end of sequence."""
+
+    ids: tuple[int, ...]
+    num_prompt_tokens: int
+    num_response_bytes: int
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_tokens: int) -> list[Example]:
+    """Rows as examples, cut at `max_tokens`: a long prompt loses its beginning, so that some response remains."""
+    examples = []
+    for row in rows:
+        prompt = encode_prompt(tokenizer, row.prompt) if row.prompt else [tokenizer.bos_token_id]
+        # Special tokens written out in the data are text, as they are in what a user writes.
+        answer = tokenizer(row.response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        response = [*answer, tokenizer.eos_token_id]
+        response = response[: max(max_tokens // 2, max_tokens - len(prompt))]
+        overlong = len(prompt) + len(response) - max_tokens
+        if overlong > 0:
+            prompt = [prompt[0], *prompt[overlong + 1 :]]
+        kept = str(tokenizer.decode(response, skip_special_tokens=True))
+        examples.append(Example((*prompt, *response), len(prompt), len(kept.encode())))
+    return examples
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of token ids. A row holds one example, or several one after the other that do not see each other."""
+
+    ids_BT: Tensor
+    labels_BT: Tensor
+    """The token to predict at each position (already shifted), -100 where there is none."""
+    positions_BT: Tensor
+    """Positions within the example: each start from 0 begins a new one, and transformers masks attention by that."""
+
+    @property
+    def num_labels(self) -> int:
+        return int((self.labels_BT != IGNORED_LABEL).sum())
+
+
+def collate(rows: Sequence[Sequence[Example]], pad_id: int, learn_prompts: bool) -> Batch:
+    """One batch; each row holds its examples one after the other. Prompts are predicted too if `learn_prompts`.
+
+    Padding is at the right, where no token of an example sees it.
+    """
+    width = max(sum(len(example.ids) - 1 for example in row) for row in rows)
+    ids_BT = torch.full((len(rows), width), pad_id)
+    labels_BT = torch.full((len(rows), width), IGNORED_LABEL)
+    positions_BT = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        start = 0
+        for example in row:
+            ids = torch.tensor(example.ids)
+            end = start + len(ids) - 1
+            ids_BT[index, start:end] = ids[:-1]
+            first = 1 if learn_prompts else example.num_prompt_tokens
+            labels_BT[index, start + first - 1 : end] = ids[first:]
+            positions_BT[index, start:end] = torch.arange(end - start)
+            start = end
+        positions_BT[index, start:] = torch.arange(width - start)
+    return Batch(ids_BT, labels_BT, positions_BT)
+
+
+class BatchPlan:
+    """Batches of packed rows, in an order that depends on the seed and the step alone, so that a run can resume.
+
+    Each epoch visits every example once. Rows are as wide as the longest example, or 128 tokens if that is more.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], tokens_per_batch: int, pad_id: int, learn_prompts: bool, seed: int
+    ) -> None:
+        if not examples:
+            raise InvalidData("There is nothing to train on: the data holds no rows for this stage.")
+        self._examples = examples
+        self._width = max(128, max(len(example.ids) for example in examples))
+        self._rows_per_batch = max(1, tokens_per_batch // self._width)
+        self._pad_id, self._learn_prompts, self._seed = pad_id, learn_prompts, seed
+        self._epoch, self._first_step = -1, 0
+        self._batches: list[list[list[int]]] = []
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step; steps are asked for in ascending order (any step may be the first)."""
+        assert step >= self._first_step, "steps are asked for in ascending order"
+        while step >= self._first_step + len(self._batches):
+            self._first_step += len(self._batches)
+            self._epoch += 1
+            self._batches = self._plan_epoch(self._epoch)
+        rows = self._batches[step - self._first_step]
+        return collate([[self._examples[i] for i in row] for row in rows], self._pad_id, self._learn_prompts)
+
+    def _plan_epoch(self, epoch: int) -> list[list[list[int]]]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        order: list[int] = torch.randperm(len(self._examples), generator=generator).tolist()
+        rows: list[list[int]] = [[]]
+        filled = 0
+        for index in order:
+            length = len(self._examples[index].ids) - 1
+            if rows[-1] and filled + length > self._width:
+                rows.append([])
+                filled = 0
+            rows[-1].append(index)
+            filled += length
+        return [rows[start : start + self._rows_per_batch] for start in range(0, len(rows), self._rows_per_batch)]

@@ -1,0 +1,46 @@
+"""All stages of a recipe, one after the other; what is done is remembered, so that a stopped run goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.config import CHECKOUT, StageSettings
+from cluster.training import STAGES
+
+_FILE = "training.json"
+
+
+def run_all(settings: StageSettings, run_stage: Callable[[str], None], again: bool) -> bool:
+    """Run the stages that are not done yet through `run_stage(name)`; all of them if `again`. False if none was left.
+
+    Other data or another recipe than last time starts over too.
+    """
+    path = settings.root / _FILE
+    kept = json.loads(path.read_text()) if path.is_file() and not again else {}
+    same = kept.get("data") == str(settings.data) and kept.get("recipe") == settings.name
+    done: list[str] = kept["done"] if same else []
+    left = [stage for stage in STAGES if stage not in done]
+    settings.root.mkdir(parents=True, exist_ok=True)
+    for stage in left:
+        run_stage(stage)
+        done.append(stage)
+        path.write_text(json.dumps({"data": str(settings.data), "recipe": settings.name, "done": done}, indent=2))
+    return bool(left)
+
+
+def is_trained(root: Path) -> bool:
+    """Whether all stages of some recipe are done in `root`."""
+    path = root / _FILE
+    return path.is_file() and set(json.loads(path.read_text())["done"]) == set(STAGES)
+
+
+def data_of(root: Path) -> Path | None:
+    """The data that `root` was trained on, None if it is not known."""
+    path = root / _FILE
+    return Path(json.loads(path.read_text())["data"]) if path.is_file() else None
+
+
+def root_trained_on(data: Path) -> Path | None:
+    """The root below `artifacts` that was trained on `data` last, None if there is none."""
+    files = sorted((CHECKOUT / "artifacts").glob(f"*/{_FILE}"), key=lambda file: -file.stat().st_mtime)
+    return next((file.parent for file in files if data_of(file.parent) == data), None)

@@ -1,0 +1,93 @@
+"""What a stage needs from whoever runs it: to report, to keep and find a checkpoint, to know when to stop.
+
+A stage is `stage(settings, run)`. This is the local form; deployments hold the one for Ray Train.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Run(Protocol):
+    """The surroundings of one stage."""
+
+    def start(self, title: str, num_steps: int) -> None:
+        """A part of the work begins that will take so many steps."""
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`step` steps are done; `metrics` are the newest values (loss, tokens_per_s, ...)."""
+
+    def say(self, text: str) -> None:
+        """A line for people: what was measured, published or decided."""
+
+    def checkpoint(self, save: Callable[[Path], None]) -> None:
+        """Keep what `save` writes into the folder it is given, in place of the checkpoint before."""
+
+    def restore(self) -> Path | None:
+        """The folder of the newest checkpoint, None on a fresh start."""
+
+
+class LocalRun:
+    """A stage in this process: a progress bar on the terminal, checkpoints in a folder."""
+
+    def __init__(self, name: str, folder: Path, console: Console) -> None:
+        self._name, self._folder, self._console = name, folder, console
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._printed_s = 0.0
+
+    def __enter__(self) -> "LocalRun":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close_bar()
+        if kind is None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def start(self, title: str, num_steps: int) -> None:
+        self._close_bar()
+        self._progress = Progress(
+            TextColumn("[bold]{task.description:<22}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(title, total=num_steps, metrics="")
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        text = "  ".join(
+            f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.3f}" for name, value in metrics.items()
+        )
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, metrics=text)
+        if not self._console.is_terminal and time.monotonic() - self._printed_s > 10:
+            self._printed_s = time.monotonic()
+            self._console.print(f"{self._name}: step {step}  {text}")
+
+    def say(self, text: str) -> None:
+        self._console.print(text)
+
+    def checkpoint(self, save: Callable[[Path], None]) -> None:
+        draft = self._folder.with_suffix(".draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        save(draft)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        draft.rename(self._folder)
+
+    def restore(self) -> Path | None:
+        return self._folder if self._folder.is_dir() else None
+
+    def _close_bar(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress = self._task = None

@@ -1,0 +1,120 @@
+"""Stage 1: a tokenizer and a base, trained from scratch and published as `base/<version>`.
+
+A new base withdraws the adapters and the router of the one before, since they mean nothing on any other.
+"""
+
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cluster.config import StageSettings
+from cluster.errors import InvalidData, InvalidInput
+from cluster.lora.catalog import Catalog, Change
+from cluster.lora.store import write_version
+from cluster.messages import NONE_DOMAIN
+from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
+from cluster.model.base import fingerprint
+from cluster.model.configuration_zephyra import SIZES
+from cluster.model.tokenizer import train_tokenizer
+from cluster.training.data import BASE_DOMAIN, BatchPlan, DataSet, Row, encode, read_data
+from cluster.training.language_model import batch_loss, batches_by_length, summed_loss
+from cluster.training.optimization import Optimizer, load_checkpoint, save_checkpoint
+from cluster.training.run import Run
+
+_TOKENIZER_CHARACTERS = 20_000_000
+"""The tokenizer's merges are counted on at most so much text, taken evenly from the domains."""
+
+
+def train_base(settings: StageSettings, run: Run) -> None:
+    """Train the base of the recipe on the data's train split and publish it."""
+    recipe, base = settings.recipe, settings.recipe.base
+    if base.size not in SIZES:
+        raise InvalidInput(f"There is no size {base.size!r} of Zephyra Fusion; the sizes are: {', '.join(SIZES)}.")
+    data = read_data(settings.data)
+    rows = _rows(data, "train", settings)
+    if not rows:
+        raise InvalidData(f"{settings.data} holds no train rows of 'none' or 'base' for this recipe's base to learn.")
+    torch.manual_seed(recipe.seed)
+    config = ZephyraFusionConfig(**SIZES[base.size])
+    # The base may not know the domains, but its alphabet must fit their words too.
+    tokenizer = train_tokenizer(_texts(data, settings), config.vocab_size, config.max_position_embeddings)
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    model = ZephyraFusionForCausalLM(config)
+    run.say(f"Zephyra Fusion '{base.size}': {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
+    _fit(model, tokenizer, rows, settings, run)
+    model.eval()
+    version = write_version(settings.root / "base", lambda folder: _save(model, tokenizer, folder))
+    catalog = Catalog(settings.root)
+    catalog.publish(Change(base=version))
+    bits = _bits_per_byte(model, tokenizer, _rows(data, "val", settings), base.max_tokens)
+    mark = fingerprint(settings.root / "base" / str(version))
+    run.say(f"published base {version} ({mark}): validation {bits:.3f} bits per byte of the answers")
+
+
+def _rows(data: DataSet, split: str, settings: StageSettings) -> list[Row]:
+    general = [row for name in (NONE_DOMAIN, BASE_DOMAIN) for row in data.rows(split, name)]
+    if settings.recipe.base.general_only:
+        return general
+    limit = settings.recipe.train_rows_per_domain if split == "train" else settings.recipe.val_rows_per_domain
+    return general + [row for domain in data.domains for row in data.rows(split, domain, limit)]
+
+
+def _texts(data: DataSet, settings: StageSettings) -> list[str]:
+    names = (NONE_DOMAIN, BASE_DOMAIN, *data.domains)
+    share = _TOKENIZER_CHARACTERS // len(names)
+    texts: list[str] = []
+    for name in names:
+        left = share
+        for row in data.rows("train", name, settings.recipe.train_rows_per_domain):
+            texts += [row.prompt, row.response]
+            left -= len(row.prompt) + len(row.response)
+            if left < 0:
+                break
+    return texts
+
+
+def _fit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], settings: StageSettings, run: Run
+) -> None:
+    recipe, base = settings.recipe, settings.recipe.base
+    examples = encode(tokenizer, rows, base.max_tokens)
+    plan = BatchPlan(examples, base.tokens_per_batch, tokenizer.pad_token_id, learn_prompts=True, seed=recipe.seed)
+    optimizer = Optimizer(dict(model.named_parameters()), base.learning_rate, base.num_steps, base.weight_decay)
+    first = 0
+    if (checkpoint := run.restore()) is not None:
+        first, tensors = load_checkpoint(checkpoint)
+        optimizer.load_tensors(tensors)
+        run.say(f"resuming the base at step {first}")
+    model.train()
+    run.start("1/4 base", base.num_steps)
+    loss, tokens, since = math.nan, 0, time.perf_counter()
+    for step in range(first, base.num_steps):
+        batch = plan.batch(step)
+        value = batch_loss(model, batch)
+        value.backward()
+        optimizer.step(step)
+        tokens += batch.ids_BT.numel()
+        loss = float(value.detach()) if math.isnan(loss) else 0.95 * loss + 0.05 * float(value.detach())
+        run.report(step + 1, {"loss": loss, "tokens/s": tokens / (time.perf_counter() - since)})
+        if (step + 1) % recipe.checkpoint_every_steps == 0:
+            done, state = step + 1, optimizer.tensors()
+            run.checkpoint(partial(save_checkpoint, step=done, tensors=state))
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], limit: int) -> float:
+    examples = encode(tokenizer, rows, limit)
+    if not examples:
+        return math.nan
+    nats = sum(summed_loss(model, batch) for batch in batches_by_length(examples, 8192, tokenizer.pad_token_id))
+    return nats / math.log(2) / max(1, sum(example.num_response_bytes for example in examples))

@@ -1,0 +1,153 @@
+"""Stage 4: adapters and router fine-tuned together, so that the language-model loss reaches the router.
+
+Each prompt goes through the soft mixture that the router gives it; the router's labels are a second, supervised term;
+the base stays frozen. Afterwards the router's prototypes and temperature are fitted anew. The result is published
+only if no domain lost: else the artifacts of stage 3 stay, and the reason is printed.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from cluster.config import StageSettings
+from cluster.lora.catalog import Catalog, CatalogState, Change
+from cluster.messages import NONE_DOMAIN
+from cluster.model.base import Base
+from cluster.router.tiny_ada import TinyAda
+from cluster.training.artifacts import published_adapter, published_base, published_router, require_adapters
+from cluster.training.data import DataSet, Row, collate, encode, read_data
+from cluster.training.language_model import batch_loss, mean_loss
+from cluster.training.optimization import Optimizer, load_checkpoint, save_checkpoint
+from cluster.training.run import Run
+from cluster.training.stage_adapters import padding_id, publish_adapter
+from cluster.training.stage_router import publish_router, router_rows, routing_summary
+from cluster.training.trainable_lora import TrainableAdapters
+
+
+@dataclass(frozen=True, slots=True)
+class _System:
+    """What is trained together."""
+
+    base: Base
+    adapters: TrainableAdapters
+    router: TinyAda
+
+
+def train_joint(settings: StageSettings, run: Run) -> None:
+    """Fine-tune all adapters and the router together; publish them in one generation, or nothing."""
+    catalog = Catalog(settings.root)
+    state = catalog.load()
+    system = _load(settings, state)
+    data = read_data(settings.data)
+    domains = system.adapters.domains
+    before = _losses(system, data, settings)
+    _fit(system, data, settings, run)
+    train = router_rows(data, "train", settings.recipe.train_rows_per_domain)
+    system.router.refit([row.routed_prompt for row in train], [row.domain for row in train])
+    after = _losses(system, data, settings)
+    changes = {domain: after[domain] / before[domain] - 1 for domain in before}
+    val = router_rows(data, "val", settings.recipe.val_rows_per_domain)
+    table = ", ".join(f"{domain} {change:+.1%}" for domain, change in changes.items())
+    run.say(f"joint stage, change of validation loss: {table}; router {routing_summary(system.router, val)}")
+    worst = max(changes, key=lambda domain: changes[domain])
+    if changes[worst] > settings.recipe.joint.epsilon:
+        run.say(
+            f"not published: {worst} lost {changes[worst]:.1%}, more than {settings.recipe.joint.epsilon:.1%}; "
+            "the adapters and the router of stage 3 stay"
+        )
+        return
+    published = {
+        domain: publish_adapter(
+            settings.root,
+            domain,
+            system.adapters.weights(domain, system.base.fingerprint),
+            system.base.name,
+            settings,
+        )
+        for domain in domains
+    }
+    version = publish_router(settings.root, system.router)
+    catalog.publish(Change(adapters=published, router=version), expected_generation=state.generation)
+    run.say(f"published {len(published)} adapters and router {version}")
+
+
+def _load(settings: StageSettings, state: CatalogState) -> _System:
+    options = settings.recipe.adapters
+    base = published_base(settings.root, state)
+    require_adapters(settings.root, state)
+    router = published_router(settings.root, state)
+    adapters = TrainableAdapters(base.model, router.domains, options.rank, options.alpha, settings.recipe.seed)
+    for domain in router.domains:
+        adapters.load(domain, published_adapter(settings.root, state.ref(domain)))
+    return _System(base, adapters, router)
+
+
+def _losses(system: _System, data: DataSet, settings: StageSettings) -> dict[str, float]:
+    """Validation loss of each domain through its own adapter alone."""
+    losses = {}
+    for domain in system.adapters.domains:
+        rows = data.rows("val", domain, settings.recipe.val_rows_per_domain)
+        if rows:
+            system.adapters.select(domain)
+            examples = encode(system.base.tokenizer, rows, settings.recipe.joint.max_tokens)
+            losses[domain] = mean_loss(system.base.model, examples, padding_id(system.base.tokenizer))
+    return losses
+
+
+def _fit(system: _System, data: DataSet, settings: StageSettings, run: Run) -> None:
+    recipe, options = settings.recipe, settings.recipe.joint
+    factors = {
+        f"{domain}:{name}": parameter
+        for domain in system.adapters.domains
+        for name, parameter in system.adapters.parameters(domain).items()
+    }
+    adapters = Optimizer(factors, options.adapter_learning_rate, max(1, options.num_steps))
+    encoder = {name: parameter for name, parameter in system.router.named_parameters() if parameter.requires_grad}
+    router = Optimizer(encoder, options.router_learning_rate, max(1, options.num_steps))
+    rows = {domain: data.rows("train", domain, recipe.train_rows_per_domain) for domain in system.adapters.domains}
+    first = 0
+    if (checkpoint := run.restore()) is not None:
+        first, tensors = load_checkpoint(checkpoint)
+        adapters.load_tensors(tensors, "adapters|")
+        router.load_tensors(tensors, "router|")
+        run.say(f"resuming the joint stage at step {first}")
+    run.start("4/4 joint", options.num_steps)
+    tokens, since = 0, time.perf_counter()
+    for step in range(first, options.num_steps):
+        loss, num_tokens = _joint_loss(system, _draw(rows, step, settings), settings)
+        loss.backward()
+        adapters.step(step)
+        router.step(step)
+        tokens += num_tokens
+        run.report(step + 1, {"loss": float(loss.detach()), "tokens/s": tokens / (time.perf_counter() - since)})
+        if (step + 1) % recipe.checkpoint_every_steps == 0:
+            done, state = step + 1, {**adapters.tensors("adapters|"), **router.tensors("router|")}
+            run.checkpoint(partial(save_checkpoint, step=done, tensors=state))
+
+
+def _draw(rows: dict[str, list[Row]], step: int, settings: StageSettings) -> list[Row]:
+    """Rows of a step, evenly over the domains: as many as fill the batch at 32 tokens each, at least one a domain."""
+    generator = torch.Generator().manual_seed(settings.recipe.seed * 1_000_003 + step)
+    each = max(1, settings.recipe.joint.tokens_per_batch // 32 // len(rows))
+    return [
+        candidates[int(torch.randint(len(candidates), (), generator=generator))]
+        for candidates in rows.values()
+        for _ in range(each)
+    ]
+
+
+def _joint_loss(system: _System, rows: list[Row], settings: StageSettings) -> tuple[torch.Tensor, int]:
+    """Language-model loss through soft mixtures plus the weighted loss of the router's labels, and the tokens seen."""
+    options = settings.recipe.joint
+    log_probabilities_BN = system.router.scores([row.routed_prompt for row in rows])
+    examples = encode(system.base.tokenizer, rows, options.max_tokens)
+    batch = collate([[example] for example in examples], padding_id(system.base.tokenizer), learn_prompts=False)
+    # The last column is none: its probability is the share of the plain base.
+    system.adapters.mix(log_probabilities_BN[:, :-1].exp(), batch.ids_BT.shape[1])
+    names = (*system.router.domains, NONE_DOMAIN)
+    labels = torch.tensor([names.index(row.domain) for row in rows])
+    routing = nn.functional.nll_loss(log_probabilities_BN, labels)
+    return batch_loss(system.base.model, batch) + options.router_loss_weight * routing, batch.ids_BT.numel()

@@ -1,0 +1,86 @@
+"""Stage 3: tiny ada, trained on the prompts of every domain and published as `router/<version>`."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.config import StageSettings
+from cluster.errors import StageOrder
+from cluster.lora.catalog import Catalog, Change
+from cluster.lora.store import write_version
+from cluster.messages import NONE_DOMAIN
+from cluster.router.fit import RouterFit
+from cluster.router.tiny_ada import TinyAda
+from cluster.training.artifacts import published_base, require_adapters
+from cluster.training.data import DataSet, Row, read_data
+from cluster.training.run import Run
+
+
+def train_router(settings: StageSettings, run: Run) -> None:
+    """Train the router on the data's train split, calibrate it on the validation split, and publish it."""
+    recipe = settings.recipe
+    catalog = Catalog(settings.root)
+    state = catalog.load()
+    base = published_base(settings.root, state)
+    require_adapters(settings.root, state)
+    data = read_data(settings.data)
+    if missing := set(data.domains) - set(state.adapters):
+        raise StageOrder(f"Domain {min(missing)!r} has no adapter yet; run stage 'adapters' on this data first.")
+    train, val = (router_rows(data, split, recipe.train_rows_per_domain) for split in ("train", "val"))
+    fit = RouterFit(*_columns(train), *_columns(val), recipe.router, base.num_parameters)
+    _fit(fit, settings, run)
+    router = fit.finish()
+    version = publish_router(settings.root, router)
+    catalog.publish(Change(router=version))
+    share = router.num_parameters / base.num_parameters
+    run.say(f"tiny ada: {router.num_parameters:,} parameters, {share:.1%} of the base's")
+    run.say(f"published router {version}: validation {routing_summary(router, val)}")
+
+
+def router_rows(data: DataSet, split: str, limit: int) -> list[Row]:
+    """What the router learns from or is measured on: the prompts of every domain and of none."""
+    return [row for domain in (*data.domains, NONE_DOMAIN) for row in data.rows(split, domain, limit)]
+
+
+def publish_router(root: Path, router: TinyAda) -> int:
+    """Write the router as its next version and return the number. Not current until the catalog says so."""
+    return write_version(root / "router", router.save)
+
+
+def routing_summary(router: TinyAda, rows: Sequence[Row]) -> str:
+    """Accuracy on domains' prompts, how many of them were turned away, and how many of no domain were."""
+    decisions = router.route([row.routed_prompt for row in rows])
+    counts: Counter[str] = Counter()
+    for row, decision in zip(rows, decisions, strict=True):
+        chosen = max(decision.weights, key=lambda name: decision.weights[name]) if decision.weights else NONE_DOMAIN
+        kind = "none" if row.domain == NONE_DOMAIN else "domain"
+        counts[kind] += 1
+        counts[f"{kind} right"] += chosen == row.domain
+        counts[f"{kind} to none"] += chosen == NONE_DOMAIN
+    text = f"accuracy {counts['domain right'] / max(1, counts['domain']):.1%}"
+    text += f", {counts['domain to none'] / max(1, counts['domain']):.1%} of the domains' prompts turned away"
+    if counts["none"]:
+        text += f", {counts['none to none'] / counts['none']:.1%} of the prompts of no domain"
+    return text
+
+
+def _columns(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    return [row.routed_prompt for row in rows], [row.domain for row in rows]
+
+
+def _fit(fit: RouterFit, settings: StageSettings, run: Run) -> None:
+    first = 0
+    if (checkpoint := run.restore()) is not None:
+        first = fit.load(checkpoint)
+        run.say(f"resuming the router at step {first}")
+    run.start("3/4 router", fit.num_steps)
+    loss, since = math.nan, time.perf_counter()
+    for step in range(first, fit.num_steps):
+        value = fit.step()
+        loss = value if math.isnan(loss) else 0.95 * loss + 0.05 * value
+        done = step + 1
+        run.report(done, {"loss": loss, "prompts/s": (done - first) * fit.batch_size / (time.perf_counter() - since)})
+        if done % settings.recipe.checkpoint_every_steps == 0:
+            run.checkpoint(fit.save)

@@ -1,0 +1,282 @@
+"""The grammar of the starter's domains: for each, what its prompts look like and what the one right answer is.
+
+Fact domains hold out phrasings: validation and test ask in sentences that training never used. The others hold out
+cases: a number, a date or a query is asked in one split only.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+
+from cluster.training.starter.facts import (
+    CAPITALS,
+    ELEMENTS,
+    FILES,
+    METRIC,
+    METRIC_DIGITS,
+    MONTHS,
+    OPPOSITES,
+    SPANISH,
+    TABLES,
+)
+
+SPLITS = ("train", "val", "test")
+
+Case = tuple[str, str]
+"""A prompt and its answer."""
+
+
+_FRAMES = (
+    *(
+        "What is {np}?",
+        "Tell me {np}.",
+        "Name {np}, please.",
+        "Give me {np}.",
+        "I need {np}.",
+        "Do you know {np}?",
+        "{np}",
+    ),
+    *("Could you say what {np} is?", "I forgot {np}.", "Please find {np}.", "Write down {np}.", "What would be {np}?"),
+    *("My question is: {np}?", "Hello, I am looking for {np}.", "And {np}?", "Let me know {np}, thanks.", "{np} is"),
+    *("Today I have to learn {np}.", "Quick, {np}!", "Which one is {np}?", "Remind me of {np}.", "Say {np}."),
+)
+"""Ways to ask for something, in training; `{np}` is what is asked for."""
+
+
+class FactDomain:
+    """A table to know by heart. Each split asks for every entry, in sentences of its own with a gap `{x}`.
+
+    Training combines `nouns`, names of what is asked for, with frames, and adds `train`; validation and test have
+    sentences that training never uses.
+    """
+
+    def __init__(
+        self,
+        table: Mapping[str, str],
+        nouns: Sequence[str],
+        train: Sequence[str],
+        val: Sequence[str],
+        test: Sequence[str],
+    ) -> None:
+        self._table, self._keys = table, list(table)
+        # Each sentence of `train` as often as all frames over one noun: they differ most from one another.
+        framed = [frame.replace("{np}", noun) for frame in _FRAMES for noun in nouns]
+        self.phrasings = {"train": framed + [*train] * 4, "val": val, "test": test}
+
+    def case(self, rng: Random, split: str) -> Case:
+        key = rng.choice(self._keys)
+        return rng.choice(self.phrasings[split]).format(x=key), self._table[key]
+
+
+class CaseDomain:
+    """A skill: answers follow from what is asked. `draw` gives the fields of a case, of which `answer` is one.
+
+    `note` is how the same case would stand in a book: text for the base, so that it has seen such things before.
+    """
+
+    def __init__(self, draw: Callable[[Random], Mapping[str, str]], phrasings: Sequence[str], note: str) -> None:
+        self._draw, self._phrasings, self._note = draw, phrasings, note
+
+    def case(self, rng: Random, split: str) -> Case:
+        fields = self._fields(rng, split)
+        return rng.choice(self._phrasings).format(**fields), fields["answer"]
+
+    def note(self, rng: Random) -> str:
+        """A case of the train split, as a book would put it."""
+        return self._note.format(**self._fields(rng, "train"))
+
+    def _fields(self, rng: Random, split: str) -> Mapping[str, str]:
+        while True:
+            fields = self._draw(rng)
+            if _split_of(fields["answer"]) == split:
+                return fields
+
+
+def _split_of(answer: str) -> str:
+    """80 % train, 10 % each of the others, by a hash, so that no answer is asked for in two splits."""
+    bucket = hashlib.blake2b(answer.encode(), digest_size=2).digest()[0] % 10
+    return "train" if bucket < 8 else SPLITS[bucket - 7]
+
+
+def roman(number: int) -> str:
+    """`number` in Roman numerals, 1 to 3999."""
+    digits = ((1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"), (50, "L"), (40, "XL"))
+    out = ""
+    for value, symbol in (*digits, (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I")):
+        count, number = divmod(number, value)
+        out += symbol * count
+    return out
+
+
+def _roman(rng: Random) -> Mapping[str, str]:
+    number = rng.randint(1, 399)
+    return {"n": str(number), "answer": roman(number)}
+
+
+def _units(rng: Random) -> Mapping[str, str]:
+    kind = rng.choice(list(METRIC))
+    large, small = sorted(rng.sample(METRIC[kind], 2), key=lambda unit: -METRIC_DIGITS[unit])
+    number = rng.randint(1, 99)
+    zeros = "0" * (METRIC_DIGITS[large] - METRIC_DIGITS[small])
+    return {"n": str(number), "a": large, "b": small, "answer": f"{number}{zeros} {small}"}
+
+
+def _dates(rng: Random) -> Mapping[str, str]:
+    day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1950, 2039)
+    spoken = rng.choice((f"{day} {MONTHS[month - 1]} {year}", f"{MONTHS[month - 1]} {day}, {year}"))
+    return {"d": spoken, "answer": f"{year}-{month:02}-{day:02}"}
+
+
+def _sql(rng: Random) -> Mapping[str, str]:
+    table = rng.choice(list(TABLES))
+    shown, where = rng.sample(TABLES[table], 2)
+    value = rng.randint(2, 99)
+    word, sign = rng.choice((("above", ">"), ("below", "<"), ("equal to", "=")))
+    answer = f"SELECT {shown} FROM {table} WHERE {where} {sign} {value};"
+    return {"s": shown, "t": table, "w": where, "o": word, "v": str(value), "answer": answer}
+
+
+def _shell(rng: Random) -> Mapping[str, str]:
+    first, second = rng.sample(FILES, 2)
+    task, answer = rng.choice(
+        (
+            ("copy the file {a} to {b}", "cp {a} {b}"),
+            ("rename the file {a} to {b}", "mv {a} {b}"),
+            ("list the folder {a}", "ls {a}"),
+            ("delete the file {a}", "rm {a}"),
+            ("make a folder called {a}", "mkdir {a}"),
+            ("show the contents of the file {a}", "cat {a}"),
+            ("count the lines of the file {a}", "wc -l {a}"),
+            ("find the word {a} in the file {b}", "grep {a} {b}"),
+        )
+    )
+    return {"task": task.format(a=first, b=second), "answer": answer.format(a=first, b=second)}
+
+
+DOMAINS: dict[str, FactDomain | CaseDomain] = {
+    "capitals": FactDomain(
+        CAPITALS,
+        nouns=("the capital of {x}", "{x}'s capital", "the capital city of {x}"),
+        train=(
+            "Name the capital of {x}.",
+            "Which city is the capital of {x}?",
+            "{x}'s capital city?",
+            "The capital of {x} is",
+            "capital of {x}",
+            "Which town do the ministers of {x} meet in?",
+            "What city is the seat of government of {x}?",
+            "Do you know what the capital of {x} is called?",
+        ),
+        val=("Please name the capital city of {x}.", "Which capital does {x} have?"),
+        test=("Can you tell me the capital of {x}?", "Which city is {x}'s capital?", "Give the capital of {x}."),
+    ),
+    "chemistry": FactDomain(
+        ELEMENTS,
+        nouns=("the chemical symbol of {x}", "the symbol for the element {x}", "{x}'s symbol in chemistry"),
+        train=(
+            "Chemical symbol for {x}",
+            "Give the symbol of the element {x}.",
+            "Which symbol does {x} have in the periodic table?",
+            "How is {x} written in the periodic table?",
+            "The symbol for the element {x} is",
+            "symbol of {x}",
+            "In a formula, {x} is shortened to",
+            "In chemistry, what symbol stands for {x}?",
+            "What do chemists write for {x}?",
+        ),
+        val=("Name the chemical symbol of {x}.", "Which chemical symbol does {x} have?"),
+        test=(
+            "What symbol does the element {x} have?",
+            "Give the chemical symbol for {x}.",
+            "{x}'s chemical symbol?",
+        ),
+    ),
+    "spanish": FactDomain(
+        SPANISH,
+        nouns=("the Spanish word for {x}", "the Spanish translation of {x}", "{x} in Spanish"),
+        train=(
+            "How do you say {x} in Spanish?",
+            "Translate {x} into Spanish.",
+            "Spanish for {x}",
+            "In Spanish, {x} is",
+            "What do Spanish speakers call a {x}?",
+            "Translate the English word {x} to Spanish.",
+            "I want to say {x} in Spanish.",
+        ),
+        val=("Please say {x} in Spanish.", "What does {x} mean in Spanish?"),
+        test=("How is {x} called in Spanish?", "Give the Spanish word for {x}.", "Please translate {x} to Spanish."),
+    ),
+    "opposites": FactDomain(
+        OPPOSITES,
+        nouns=("the opposite of {x}", "an antonym of {x}", "the contrary of {x}"),
+        train=(
+            "Opposite of {x}",
+            "Give an antonym of {x}.",
+            "Which word means the opposite of {x}?",
+            "The opposite of {x} is",
+            "Name the antonym for {x}.",
+            "antonym: {x}",
+            "Not {x} at all, but the opposite:",
+        ),
+        val=("Which word is the antonym of {x}?", "Find me the opposite of {x}."),
+        test=("What word is the opposite of {x}?", "Give the opposite of {x}.", "What is an antonym for {x}?"),
+    ),
+    "roman": CaseDomain(
+        _roman,
+        (
+            "Write {n} in Roman numerals.",
+            "What is {n} as a Roman numeral?",
+            "{n} in Roman numerals",
+            "Convert {n} to Roman numerals.",
+            "Roman numeral for {n}",
+            "How did the Romans write {n}?",
+        ),
+        "{n} ~\n{answer}",
+    ),
+    "units": CaseDomain(
+        _units,
+        (
+            "Convert {n} {a} to {b}.",
+            "How many {b} are {n} {a}?",
+            "{n} {a} in {b}",
+            "What is {n} {a} in {b}?",
+            "Express {n} {a} in {b}.",
+            "Change {n} {a} into {b}.",
+        ),
+        "{n} {a} =\n{answer}",
+    ),
+    "dates": CaseDomain(
+        _dates,
+        (
+            "Write {d} as an ISO date.",
+            "{d} in ISO format",
+            "What is {d} in ISO 8601?",
+            "Give the date {d} in the form year-month-day.",
+            "Turn the date {d} into ISO format.",
+            "ISO date for {d}",
+        ),
+        "[{d}]\n{answer}",
+    ),
+    "sql": CaseDomain(
+        _sql,
+        (
+            "Select the {s} of all {t} whose {w} is {o} {v}.",
+            "SQL: the {s} of {t} with {w} {o} {v}",
+            "Write a query for the {s} of every row in {t} where {w} is {o} {v}.",
+            "Query the {t} table for {s} where the {w} is {o} {v}.",
+        ),
+        "-- {s} of {t}, {w} {o} {v}\n{answer}",
+    ),
+    "shell": CaseDomain(
+        _shell,
+        (
+            "Shell command to {task}",
+            "How do I {task} in the shell?",
+            "In the terminal, {task}.",
+            "Which command can {task}?",
+            "bash: {task}",
+        ),
+        "# {task}\n{answer}",
+    ),
+}
+"""The domains by name."""

@@ -1,0 +1,76 @@
+"""Binds the deployments to one another, in the order of the flow. They are plain classes, made deployments here."""
+
+from pathlib import Path
+from types import ModuleType
+
+from ray import serve
+from ray.serve import Application, Deployment
+from ray.serve.schema import LoggingConfig
+
+import cluster
+from cluster.config import CHECKOUT, AppSettings
+from cluster.errors import InvalidInput
+from deployments.adapter_shard import AdapterShard
+from deployments.base_replica import BaseReplica, base_folder
+from deployments.coordinator import Coordinator
+from deployments.ingress import Ingress
+from deployments.router import Router
+
+APPLICATION_NAME = "zephyra"
+
+_SHARDS_CPUS = 0.4
+"""Of all shards together: they wait for disks and sockets, and a laptop's two cores must hold any number of them."""
+
+
+def build(settings: AppSettings) -> Application:
+    """The application for these settings. Raises `NotTrained` before anything starts when the root holds no base."""
+    check_packages()
+    base_folder(settings)
+    return bind(settings)
+
+
+def bind(settings: AppSettings) -> Application:
+    """The application, without a look at the root."""
+    root = str(settings.resolved_root())
+    router = _deployment(Router, "Router", num_cpus=0.1).bind(root)
+    shards = [
+        _deployment(AdapterShard, f"AdapterShard-{index}", num_cpus=_shard_cpus(settings.shards)).bind(root)
+        for index in range(settings.shards)
+    ]
+    coordinator = _deployment(Coordinator, "Coordinator", num_cpus=0.1).bind(shards)
+    replica = _deployment(BaseReplica, "BaseReplica", num_cpus=0.5, num_replicas=settings.replicas).bind(
+        coordinator, settings
+    )
+    return _deployment(serve.ingress()(Ingress), "Gateway", num_cpus=0.1).bind(router, replica, root)
+
+
+def check_packages(imported: ModuleType = cluster) -> None:
+    """Raise `InvalidInput` if another package called `cluster`, such as PyPI's, was imported instead of ours."""
+    if getattr(imported, "DISTRIBUTION", None) != "zephyra":
+        place = Path(imported.__file__ or "?").parent
+        raise InvalidInput(f"The package 'cluster' in {place} is not Zephyra's; run from {CHECKOUT}, or remove it.")
+
+
+def _shard_cpus(num_shards: int) -> float:
+    # Ray counts in steps of 1/10000.
+    return max(round(_SHARDS_CPUS / max(num_shards, 4), 4), 0.0001)
+
+
+def _deployment(cls: type, name: str, num_cpus: float, num_replicas: int = 1) -> Deployment:
+    """`cls` as a deployment. The engine and the queues in front of it limit what runs, so Serve admits plenty;
+    a dead replica is noticed within a second instead of Serve's ten.
+    """
+    decorate = serve.deployment(
+        name=name,
+        num_replicas=num_replicas,
+        ray_actor_options={"num_cpus": num_cpus},
+        max_ongoing_requests=1024,
+        health_check_period_s=1,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=5,
+        # One line per request, not one per hop.
+        logging_config=LoggingConfig(enable_access_log=name == "Gateway"),
+    )
+    deployment: Deployment = decorate(cls)
+    return deployment

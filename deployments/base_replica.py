@@ -1,0 +1,89 @@
+"""One copy of the base with its engine: takes resolved requests, streams tokens, fetches the adapters it lacks."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import torch
+
+from cluster.config import AppSettings
+from cluster.engine.engine import Engine, EngineStats
+from cluster.errors import AdapterUnavailable, NotTrained, ZephyraError
+from cluster.lora.catalog import Catalog
+from cluster.lora.peft_format import unpack
+from cluster.lora.weights import AdapterWeights
+from cluster.messages import AdapterRef, GenerateRequest, TokenChunk
+from cluster.model.base import load_base
+from deployments import calls
+from deployments.adapter_shard import Fetched
+from deployments.engine_loop import EngineLoop, Loaded
+
+COORDINATOR_WAIT_S = 5.0
+"""Longer than the coordinator waits for a shard and than Serve takes to replace a coordinator that died."""
+
+
+def base_folder(settings: AppSettings) -> Path:
+    """The base to serve. Raises `NotTrained` when the root holds none and no other was named."""
+    if (named := settings.resolved_base()) is not None:
+        folder = named
+    else:
+        root = settings.resolved_root()
+        if (version := Catalog(root).load().base) is None:
+            raise NotTrained(
+                f"The root {settings.root or settings.base or root.name!r} holds no base; train one with "
+                "`zephyra train all`, or name another with root=... or base=...."
+            )
+        folder = root / "base" / str(version)
+    if not (folder / "config.json").is_file():
+        raise NotTrained(f"There is no model in {settings.base or folder.name!r}; name a folder with a config.json.")
+    return folder
+
+
+class BaseReplica:
+    """Answers with the base and any mixture of adapters, many sequences at once."""
+
+    def __init__(self, coordinator: calls.Handle, settings: AppSettings) -> None:
+        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+        # Adapters may exceed what a message may hold.
+        self._coordinator = calls.method(coordinator, "fetch", stream=True, by_reference=True)
+        base = load_base(base_folder(settings))
+        self._dtype, self._device = base.model.dtype, base.model.device
+        self.engine = EngineLoop(Engine(base, settings.engine), self._fetch)
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk | ZephyraError]:
+        """The answer's chunks. Cancelling the call takes the sequence out of the batch.
+
+        What is wrong with the request comes as the last item: raised, Serve would log it as this replica's failure.
+        """
+        async with aclosing(self.engine.generate(request)) as chunks:
+            try:
+                async for chunk in chunks:
+                    yield chunk
+            except ZephyraError as error:
+                yield error
+
+    async def stats(self) -> EngineStats:
+        """The engine's own numbers."""
+        return await self.engine.stats()
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces this replica when it raises."""
+        if self.engine.failure is not None:
+            raise self.engine.failure
+
+    async def _fetch(self, refs: tuple[AdapterRef, ...]) -> AsyncGenerator[Loaded, None]:
+        lost = AdapterUnavailable("The coordinator of the adapters did not answer; try again in a few seconds.")
+        answers = calls.stream(self._coordinator, refs, lost=lost, item_timeout_s=COORDINATOR_WAIT_S)
+        async with aclosing(answers):
+            async for fetched in answers:
+                yield fetched.ref, await asyncio.to_thread(self._unpacked, fetched)
+
+    def _unpacked(self, fetched: Fetched) -> AdapterWeights | ZephyraError:
+        if isinstance(fetched.result, ZephyraError):
+            return fetched.result
+        try:
+            return unpack(fetched.result, self._dtype, self._device)
+        except ZephyraError as error:
+            return error

@@ -1,0 +1,187 @@
+"""`zephyra ...`: serve, train, evaluate, chat. Thin: each command checks its arguments and calls one function."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cluster.config import DEFAULT_ROOT, AppSettings, StageSettings, absolute
+from cluster.errors import InvalidInput, StageOrder, ZephyraError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="One base, many experts."
+)
+console = Console()
+
+STARTER, STARTER_DATA = "starter", "artifacts/starter-data"
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Errors of the user's making: their sentence and exit status 1, no traceback."""
+    try:
+        yield
+    except ZephyraError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def serve(
+    root: Annotated[str | None, typer.Option(help="Folder of a trained system; by default the starter.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder of another base, in Hugging Face's format.")] = None,
+    shards: Annotated[int, typer.Option(min=1, max=1024)] = 2,
+    replicas: Annotated[int, typer.Option(min=1, max=1024, help="Base replicas.")] = 1,
+    port: Annotated[int, typer.Option(help="HTTP, on 127.0.0.1.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="gRPC, for callers on this machine.")] = 9000,
+    dashboard_port: Annotated[int, typer.Option(help="The Ray dashboard, on 127.0.0.1.")] = 8265,
+) -> None:
+    """Start a local cluster and serve on it until interrupted. Trains the starter first if it is not there."""
+    from cluster.training.pipeline import is_trained
+    from deployments.cluster import Ports, serving, wait_forever
+
+    with _errors():
+        ports = Ports(http=port, grpc=grpc_port, dashboard=dashboard_port)
+        ports.check_free()
+        if root is None and base is None and not is_trained(absolute(DEFAULT_ROOT)):
+            _train_all(STARTER, None, None, again=False)
+        settings = AppSettings(root=root, base=base, shards=shards, replicas=replicas)
+        console.print(f"starting the cluster: 1 router, {replicas} base replica(s), {shards} adapter shards ...")
+        with serving(settings, ports, quiet=True):
+            _print_invitation(ports.http, ports.grpc, dashboard_port)
+            wait_forever()
+
+
+def _print_invitation(http: int, grpc: int, dashboard: int) -> None:
+    prompt = "What is the capital of France?"
+    url = "" if http == 8000 else f" --url http://127.0.0.1:{http}"
+    target = "--grpc" if grpc == 9000 else f"--grpc --grpc-target 127.0.0.1:{grpc}"
+    body = json.dumps({"model": "zephyra", "prompt": prompt})
+    console.print(
+        f"\n[bold green]Zephyra is up.[/] HTTP http://127.0.0.1:{http}   gRPC 127.0.0.1:{grpc}   "
+        f"dashboard http://127.0.0.1:{dashboard}\nTry, in another terminal:\n",
+        highlight=False,
+    )
+    # Plain print: lines to be copied must not be wrapped.
+    print(f"  .venv/bin/zephyra chat{url}")
+    print(f"  curl http://127.0.0.1:{http}/v1/completions -H 'content-type: application/json' -d '{body}'")
+    print(f'  .venv/bin/zephyra chat {target} "{prompt}"\n\nCtrl-C stops it.', flush=True)
+
+
+@app.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="base, adapters, router, joint, or all of them: all.")],
+    recipe: Annotated[str, typer.Option(help="starter or open-domains.")] = STARTER,
+    data: Annotated[str | None, typer.Option(help="Folder of Parquet files; the starter makes its own.")] = None,
+    root: Annotated[str | None, typer.Option(help="Where to publish; by default artifacts/RECIPE.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Start over where a run is finished or half done.")] = False,
+) -> None:
+    """Train a stage, or what is left of all four, in this process. On a cluster: python -m deployments.train."""
+    from cluster.training import STAGES
+
+    with _errors():
+        if stage == "all":
+            if not _train_all(recipe, data, root, again):
+                console.print("all four stages are done already; --again starts over")
+        elif stage in STAGES:
+            _run_stage(stage, _settings(recipe, data, root))
+        else:
+            raise InvalidInput(f"There is no stage {stage!r}; the stages are: {', '.join(STAGES)}, all.")
+
+
+def _settings(recipe_name: str, data: str | None, root: str | None) -> StageSettings:
+    from cluster.training.recipes import recipe
+    from cluster.training.starter.generate import generate_starter
+
+    chosen = recipe(recipe_name)
+    if data is None and recipe_name != STARTER:
+        raise InvalidInput(f"Recipe {recipe_name!r} needs --data: a folder of Parquet files.")
+    folder = absolute(STARTER_DATA) if data is None else Path(data).resolve()
+    if data is None and not folder.is_dir():
+        generate_starter(folder)
+    place = absolute(f"artifacts/{recipe_name}") if root is None else Path(root).resolve()
+    return StageSettings(root=place, data=folder, recipe=chosen, name=recipe_name)
+
+
+def _train_all(recipe: str, data: str | None, root: str | None, again: bool) -> bool:
+    from cluster.training.pipeline import run_all
+
+    settings = _settings(recipe, data, root)
+    since = time.monotonic()
+    left = run_all(settings, lambda stage: _run_stage(stage, settings), again)
+    if left:
+        console.print(f"trained '{recipe}' in {time.monotonic() - since:.0f} s: {settings.root}")
+    return left
+
+
+def _run_stage(stage: str, settings: StageSettings) -> None:
+    from cluster.training import STAGES
+    from cluster.training.run import LocalRun
+
+    with LocalRun(stage, settings.root / "runs" / stage, console) as run:
+        STAGES[stage](settings, run)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str | None, typer.Option(help="Folder of Parquet files; by default what was trained on.")] = None,
+    root: Annotated[str | None, typer.Option(help="The system; by default the one trained on --data last.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each domain to measure.")] = 100,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    out: Annotated[
+        str | None, typer.Option("--json", help="Where to write the report; by default in the root.")
+    ] = None,
+) -> None:
+    """Per domain: loss of base, routed, oracle and worst adapter, exact answers, routing, abstentions."""
+    from cluster.training.evaluation import EvaluationSettings
+    from cluster.training.evaluation import evaluate as measure
+    from cluster.training.pipeline import data_of, root_trained_on
+    from cluster.training.run import LocalRun
+    from deployments.report import print_report
+
+    with _errors():
+        place = Path(root).resolve() if root else absolute(DEFAULT_ROOT)
+        if data is not None and root is None:
+            place = root_trained_on(Path(data).resolve()) or place
+        folder = Path(data).resolve() if data is not None else data_of(place)
+        if folder is None:
+            raise StageOrder(f"{place} holds no trained system; run `zephyra train all` first, or name another --root.")
+        with LocalRun("evaluation", place / "runs" / "evaluation", console) as run:
+            report = measure(EvaluationSettings(root=place, data=folder, split=split, rows_per_domain=rows), run)
+        print_report(report, console)
+        target = Path(out).resolve() if out else place / "evaluation.json"
+        target.write_text(json.dumps(report.as_json(), indent=2))
+        console.print(f"written to {target}")
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
+    model: Annotated[str, typer.Option(help="zephyra, zephyra:DOMAIN or base.")] = "zephyra",
+    url: Annotated[str, typer.Option(help="Where HTTP is served.")] = "http://127.0.0.1:8000",
+    grpc: Annotated[bool, typer.Option("--grpc", help="Ask over gRPC instead of HTTP.")] = False,
+    grpc_target: Annotated[str, typer.Option(help="Where gRPC is served.")] = "127.0.0.1:9000",
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+) -> None:
+    """Ask, and see which domains answered."""
+    from deployments.chat import GrpcClient, HttpClient, converse
+
+    with _errors():
+        client = GrpcClient(grpc_target, model, max_tokens) if grpc else HttpClient(url, model, max_tokens)
+        converse(client, prompt, console)
+
+
+def main() -> None:
+    """The entry point of `zephyra`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The entrance behind both wires: checks a request, has it routed, fixes its mixture, and starts its answer.
+
+Knows nothing of HTTP, gRPC or OpenAI's shapes; those are translated to and from what is here.
+"""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import InvalidMixture, ReplicaLost, RouterUnavailable, UnknownDomain, UnknownModel
+from cluster.lora.catalog import Catalog, CatalogState
+from cluster.messages import (
+    AdapterRef,
+    ClientRequest,
+    GenerateRequest,
+    Mixture,
+    Prompt,
+    RoutingDecision,
+    TokenChunk,
+    check_prompt,
+    check_weights,
+    text_to_route,
+)
+from deployments import calls
+from deployments.catalog_follower import CatalogFollower
+
+ROUTER_WAIT_S = 5.0
+"""Longer than Serve takes to replace a router that died."""
+
+READY_WAIT_S = 2.0
+"""A replica under load says within this that it is well."""
+
+ROUTED_MODEL, BASE_MODEL = "zephyra", "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which mixture answers a prompt, and how it came about."""
+
+    mixture: Mixture
+    probabilities: Mapping[str, float] | None = None
+    """What the router says of every domain and of "none"; None when it was not asked."""
+    routing_ms: float = 0.0
+    """What asking the router took, the way there and back included; 0 when it was not asked."""
+
+
+class Answer:
+    """An answer under way. Its first chunk is there already, so whatever was wrong with the request has been raised.
+
+    Must be closed (`contextlib.aclosing`): closing it early takes the sequence out of the batch.
+    """
+
+    def __init__(self, routing: Routing, first: TokenChunk, rest: AsyncGenerator[TokenChunk, None]) -> None:
+        self.routing = routing
+        self._first = first
+        self._rest = rest
+
+    async def chunks(self) -> AsyncIterator[TokenChunk]:
+        """All chunks, once."""
+        yield self._first
+        if self._first.finish_reason is None:
+            async for chunk in self._rest:
+                yield chunk
+
+    async def aclose(self) -> None:
+        """Give up on what has not come yet."""
+        await self._rest.aclose()
+
+
+class Gateway:
+    """Turns a `ClientRequest` into an `Answer`. Must be made inside a running event loop."""
+
+    def __init__(
+        self, router: calls.Handle, replica: calls.Handle, root: str, router_wait_s: float = ROUTER_WAIT_S
+    ) -> None:
+        self._route = calls.method(router, "route")
+        self._check_replica = calls.method(replica, "check_health")
+        self._generate = calls.method(replica, "generate", stream=True)
+        self._router_wait_s = router_wait_s
+        self._root = Path(root)
+        self._catalog = CatalogFollower(Catalog(self._root))
+
+    @property
+    def state(self) -> CatalogState:
+        """The catalog as this Gateway sees it, at most 250 ms old."""
+        return self._catalog.state
+
+    def models(self) -> list[str]:
+        """Every name that a request's `model` may have."""
+        return [BASE_MODEL, ROUTED_MODEL, *(f"{ROUTED_MODEL}:{domain}" for domain in sorted(self.state.adapters))]
+
+    async def check_ready(self) -> None:
+        """Raise `ReplicaLost` while no base replica is there to answer."""
+        lost = ReplicaLost("No base replica is ready; try again in a few seconds.")
+        await calls.call(self._check_replica, timeout_s=READY_WAIT_S, lost=lost)
+
+    async def answer(self, request: ClientRequest) -> Answer:
+        """Start answering. Raises the `ZephyraError` that says what is wrong with the request or with the cluster."""
+        check_prompt(request.prompt)
+        routing = await self._routing(request)
+        # The client's own request id may come twice; the engine's may not.
+        resolved = GenerateRequest(uuid.uuid4().hex, request.prompt, routing.mixture, request.sampling)
+        lost = ReplicaLost("The base replica died before the answer was complete; send the request again.")
+        chunks: AsyncGenerator[TokenChunk, None] = calls.stream(self._generate, resolved, lost=lost)
+        return Answer(routing, await anext(chunks), chunks)
+
+    async def route(self, prompt: Prompt) -> Routing:
+        """What the router would answer `prompt` with."""
+        check_prompt(prompt)
+        start_s = time.perf_counter()
+        decisions: list[RoutingDecision] = await calls.read(
+            self._route,
+            [text_to_route(prompt)],
+            timeout_s=self._router_wait_s,
+            lost=RouterUnavailable(
+                f"The router did not answer within {self._router_wait_s:g} s; try again, or name a model."
+            ),
+        )
+        routing_ms = (time.perf_counter() - start_s) * 1000
+        return Routing(self._current(decisions[0].weights), decisions[0].probabilities, routing_ms)
+
+    async def _routing(self, request: ClientRequest) -> Routing:
+        domain = self._domain_of_model(request.model)
+        if request.mixture is not None:
+            return Routing(self._mixture(request.mixture))
+        if domain is not None:
+            return Routing(self._mixture({domain: 1.0}))
+        if request.model == BASE_MODEL:
+            return Routing(Mixture())
+        return await self.route(request.prompt)
+
+    def _domain_of_model(self, model: str) -> str | None:
+        """The domain that `model` names, None for the router or the base. Raises `UnknownModel`."""
+        family, colon, domain = model.partition(":")
+        if model in (ROUTED_MODEL, BASE_MODEL):
+            return None
+        if family != ROUTED_MODEL or not colon:
+            raise UnknownModel(f"There is no model {model!r}; the models are: {', '.join(self.models())}.")
+        return domain
+
+    def _mixture(self, weights: Mapping[str, float]) -> Mixture:
+        """The mixture a client asked for, its names resolved. Raises `InvalidMixture` or `UnknownDomain`."""
+        check_weights(weights)
+        resolved: dict[AdapterRef, float] = {}
+        for name, weight in weights.items():
+            ref = self._resolve(name)
+            if ref in resolved:
+                raise InvalidMixture(f"The mixture names {ref} twice, once as {name!r}; give each adapter one weight.")
+            resolved[ref] = weight
+        return Mixture.of(resolved)
+
+    def _resolve(self, name: str) -> AdapterRef:
+        """`domain` as its current version; `domain@version` as itself if it was ever published."""
+        if "@" not in name:
+            return self.state.ref(name)
+        ref = AdapterRef.parse(name)
+        is_current = self.state.adapters.get(ref.domain) == ref.version
+        if not is_current and not (self._root / "adapters" / ref.domain / str(ref.version)).is_dir():
+            raise UnknownDomain(f"There is no adapter {ref}; ask for a version that was published.")
+        return ref
+
+    def _current(self, weights: Mapping[str, float]) -> Mixture:
+        """The router's weights over current versions. A domain withdrawn a moment ago is left out of them."""
+        known = {domain: weight for domain, weight in weights.items() if domain in self.state.adapters}
+        total = 1.0 if len(known) == len(weights) else sum(known.values())
+        return Mixture.of({self.state.ref(domain): weight / total for domain, weight in known.items()})

@@ -1,0 +1,179 @@
+"""The gRPC wire, `zephyra.v1.Zephyra`. Translates to and from messages, nothing else."""
+
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+
+import grpc
+from ray.serve.grpc_util import RayServegRPCContext
+
+from cluster.errors import InvalidInput, InvalidMixture, PeerRefused, ZephyraError
+from cluster.messages import (
+    ChatMessage,
+    ClientRequest,
+    FinishReason,
+    Mixture,
+    Prompt,
+    Role,
+    SamplingParams,
+    TokenChunk,
+)
+from deployments.gateway import BASE_MODEL, ROUTED_MODEL, Gateway, Routing
+from deployments.protos import zephyra_pb2 as pb
+from deployments.status import message_of, status_of
+
+logger = logging.getLogger("ray.serve")
+
+_ROLES = {
+    pb.Message.ROLE_SYSTEM: Role.SYSTEM,
+    pb.Message.ROLE_USER: Role.USER,
+    pb.Message.ROLE_ASSISTANT: Role.ASSISTANT,
+}
+_FINISH_REASONS = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+
+
+async def generate(
+    gateway: Gateway, request: pb.GenerateRequest, context: RayServegRPCContext
+) -> AsyncGenerator[pb.GenerateChunk, None]:
+    """The answer as it is made: routing on the first chunk, usage on the last."""
+    with _errors_to(context):
+        check_peer(context.peer())
+        answer = await gateway.answer(client_request(request))
+        completion_tokens = 0
+        routing: pb.Routing | None = _routing(answer.routing)
+        async with aclosing(answer):
+            async for chunk in answer.chunks():
+                completion_tokens += len(chunk.token_ids)
+                yield pb.GenerateChunk(
+                    token_ids=chunk.token_ids,
+                    text=chunk.text,
+                    finish_reason=_FINISH_REASONS[chunk.finish_reason],
+                    routing=routing,
+                    usage=_usage(chunk, completion_tokens) if chunk.finish_reason else None,
+                )
+                routing = None
+
+
+async def complete(gateway: Gateway, request: pb.GenerateRequest, context: RayServegRPCContext) -> pb.Completion:
+    """The whole answer."""
+    with _errors_to(context):
+        check_peer(context.peer())
+        answer = await gateway.answer(client_request(request))
+        reply = pb.Completion(routing=_routing(answer.routing))
+        texts: list[str] = []
+        async with aclosing(answer):
+            async for chunk in answer.chunks():
+                reply.token_ids.extend(chunk.token_ids)
+                texts.append(chunk.text)
+        reply.text = "".join(texts)
+        reply.finish_reason = _FINISH_REASONS[chunk.finish_reason]
+        reply.usage.CopyFrom(_usage(chunk, len(reply.token_ids)))
+        return reply
+
+
+async def route(gateway: Gateway, request: pb.RouteRequest, context: RayServegRPCContext) -> pb.Routing:
+    """Which domains the router would answer with."""
+    with _errors_to(context):
+        check_peer(context.peer())
+        return _routing(await gateway.route(_prompt(request)))
+
+
+def check_peer(peer: str) -> None:
+    """Raise `PeerRefused` unless `peer`, as gRPC writes it, is this machine.
+
+    Ray binds the gRPC port on every interface and asks for no key, so whoever reaches the port would be served.
+    """
+    kind, _, address = peer.partition(":")
+    host = address.rpartition(":")[0]
+    if not (kind == "unix" or (kind == "ipv4" and host.startswith("127.")) or (kind == "ipv6" and host in _LOOPBACK_6)):
+        raise PeerRefused(f"{peer} is another machine; only this one is served over gRPC: call 127.0.0.1.")
+
+
+_LOOPBACK_6 = ("%5B::1%5D", "[::1]", "%5B::ffff:127.0.0.1%5D", "[::ffff:127.0.0.1]")
+"""gRPC writes the brackets escaped; an IPv6 socket sees IPv4 callers as ::ffff:."""
+
+
+def client_request(request: pb.GenerateRequest) -> ClientRequest:
+    """The request in our own words. Raises `InvalidInput` for a value that cannot be."""
+    prompt, sampling = _prompt(request), _sampling(request.sampling)
+    match request.WhichOneof("model"):
+        case "mixture":
+            return ClientRequest(prompt, mixture=_weights(request.mixture), sampling=sampling)
+        case "domain":
+            return ClientRequest(prompt, f"{ROUTED_MODEL}:{request.domain}", sampling=sampling)
+        case "base":
+            return ClientRequest(prompt, BASE_MODEL, sampling=sampling)
+        case _:
+            return ClientRequest(prompt, ROUTED_MODEL, sampling=sampling)
+
+
+def _prompt(request: pb.GenerateRequest | pb.RouteRequest) -> Prompt:
+    if request.WhichOneof("prompt_kind") != "chat":
+        return request.prompt
+    turns = []
+    for message in request.chat.messages:
+        if message.role not in _ROLES:
+            raise InvalidInput(f"The role of a message is {message.role}; expected system, user or assistant.")
+        turns.append(ChatMessage(_ROLES[message.role], message.content))
+    return tuple(turns)
+
+
+def _sampling(sampling: pb.Sampling) -> SamplingParams:
+    given = {
+        name: getattr(sampling, name)
+        for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")
+        if sampling.HasField(name)
+    }
+    return SamplingParams(stop=tuple(sampling.stop), **given)
+
+
+def _weights(mixture: pb.Mixture) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for entry in mixture.entries:
+        name = f"{entry.domain}@{entry.version}" if entry.HasField("version") else entry.domain
+        if name in weights:
+            raise InvalidMixture(f"The mixture names {name} twice; give each adapter one weight.")
+        weights[name] = entry.weight
+    return weights
+
+
+def _routing(routing: Routing) -> pb.Routing:
+    return pb.Routing(
+        mixture=_mixture(routing.mixture), probabilities=routing.probabilities, routing_ms=routing.routing_ms
+    )
+
+
+def _mixture(mixture: Mixture) -> pb.Mixture:
+    return pb.Mixture(
+        entries=[
+            pb.MixtureEntry(domain=ref.domain, version=ref.version, weight=weight) for ref, weight in mixture.entries
+        ]
+    )
+
+
+def _usage(last: TokenChunk, completion_tokens: int) -> pb.Usage:
+    return pb.Usage(prompt_tokens=last.prompt_tokens, completion_tokens=completion_tokens)
+
+
+@contextmanager
+def _errors_to(context: RayServegRPCContext) -> Iterator[None]:
+    """Put what goes wrong into the call's status. Without a code set, Serve would send the traceback."""
+    try:
+        yield
+    except ZephyraError as error:
+        context.set_code(status_of(error).grpc)
+        context.set_details(message_of(error))
+        raise
+    except Exception:
+        request_id = context.request_id() or uuid.uuid4().hex
+        logger.exception("Request %s failed.", request_id)
+        context.set_code(grpc.StatusCode.INTERNAL)
+        context.set_details(f"Internal error in request {request_id}; it has been logged.")
+        raise

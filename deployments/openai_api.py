@@ -1,0 +1,251 @@
+"""The HTTP wire, in OpenAI's shapes. Translates to and from messages, nothing else.
+
+An answer says under `zephyra` which adapters gave it, with which weights and probabilities, and what routing took.
+"""
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
+from ray.exceptions import TaskCancelledError
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
+
+from cluster.errors import Overloaded, ZephyraError
+from cluster.messages import FinishReason, TokenChunk
+from deployments.gateway import Answer, Gateway, Routing
+from deployments.openai_messages import ChatBody, CompletionBody, RouteBody, sentence
+from deployments.status import code_of, message_of, status_of
+
+logger = logging.getLogger("ray.serve")
+
+Json = Mapping[str, Any]
+
+MAX_BODY_BYTES = 4 * 2**20
+"""Holds the longest prompt, and leaves room for a large mixture."""
+
+_RETRY_AFTER_S = 1
+_BODIES: Mapping[str, type[BaseModel]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+    "/v1/route": RouteBody,
+}
+
+
+def build_api(gateway: Gateway) -> FastAPI:
+    """The HTTP application in front of `gateway`."""
+    api = FastAPI(title="Zephyra", description="One endpoint, many experts.", max_body_size=MAX_BODY_BYTES)
+    api.add_exception_handler(RequestValidationError, _on_invalid_body)
+    api.add_exception_handler(HTTPException, _on_http_error)
+    api.add_exception_handler(ZephyraError, _on_zephyra_error)
+    api.add_exception_handler(Exception, _on_unexpected)
+    started_s = int(time.time())
+
+    @api.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionBody) -> Response:
+        answer = await gateway.answer(body.translate())
+        return await _respond(answer, _Completion(f"cmpl-{uuid.uuid4().hex}", body.model), body)
+
+    @api.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatBody) -> Response:
+        answer = await gateway.answer(body.translate())
+        return await _respond(answer, _Chat(f"chatcmpl-{uuid.uuid4().hex}", body.model), body)
+
+    @api.post("/v1/route", response_model=None)
+    async def route(body: RouteBody) -> Json:
+        return _routing_json(await gateway.route(body.translate()))
+
+    @api.get("/v1/models", response_model=None)
+    async def models() -> Json:
+        entry = {"object": "model", "created": started_s, "owned_by": "zephyra"}
+        return {"object": "list", "data": [{"id": name, **entry} for name in gateway.models()]}
+
+    @api.get("/health", response_model=None)
+    async def health() -> Json:
+        await gateway.check_ready()
+        state = gateway.state
+        return {
+            "status": "ok",
+            "generation": state.generation,
+            "domains": len(state.adapters),
+            "router": state.router,
+        }
+
+    return api
+
+
+@dataclass(frozen=True, slots=True)
+class _Completion:
+    """The shapes of /v1/completions."""
+
+    id: str
+    model: str
+
+    def whole(self, text: str, finish_reason: str) -> Json:
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        return self._frame("text_completion", [choice])
+
+    def piece(self, text: str, finish_reason: str | None, is_first: bool) -> Json:
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        return self._frame("text_completion", [choice])
+
+    def end(self) -> Json:
+        return self._frame("text_completion", [])
+
+    def _frame(self, kind: str, choices: list[Json]) -> Json:
+        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model, "choices": choices}
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """The shapes of /v1/chat/completions."""
+
+    id: str
+    model: str
+
+    def whole(self, text: str, finish_reason: str) -> Json:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        return self._frame("chat.completion", [choice])
+
+    def piece(self, text: str, finish_reason: str | None, is_first: bool) -> Json:
+        delta = {"role": "assistant", "content": text} if is_first else {"content": text}
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return self._frame("chat.completion.chunk", [choice])
+
+    def end(self) -> Json:
+        return self._frame("chat.completion.chunk", [])
+
+    def _frame(self, kind: str, choices: list[Json]) -> Json:
+        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model, "choices": choices}
+
+
+_Shape = _Completion | _Chat
+
+
+async def _respond(answer: Answer, shape: _Shape, body: CompletionBody | ChatBody) -> Response:
+    if body.stream:
+        return _EventStream(_events(answer, shape, body.wants_usage))
+    texts: list[str] = []
+    completion_tokens = 0
+    async with aclosing(answer):
+        async for chunk in answer.chunks():
+            texts.append(chunk.text)
+            completion_tokens += len(chunk.token_ids)
+    whole = shape.whole("".join(texts), _finish_reason(chunk))
+    return JSONResponse({**whole, "usage": _usage(chunk, completion_tokens), "zephyra": _routing_json(answer.routing)})
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events. However the connection ends, what makes the events is closed."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_until_gone() -> Message:
+            try:
+                return await receive()
+            except TaskCancelledError:
+                # So Serve tells a client that left, instead of ASGI's message.
+                return {"type": "http.disconnect"}
+
+        async with aclosing(self._events):
+            await super().__call__(scope, receive_until_gone, send)
+
+
+async def _events(answer: Answer, shape: _Shape, wants_usage: bool) -> AsyncGenerator[str, None]:
+    completion_tokens = 0
+    is_first = True
+    async with aclosing(answer):
+        try:
+            async for chunk in answer.chunks():
+                completion_tokens += len(chunk.token_ids)
+                # Tokens whose bytes do not make a character yet have no text.
+                if chunk.text or is_first or chunk.finish_reason:
+                    piece = shape.piece(chunk.text, _finish_reason(chunk) if chunk.finish_reason else None, is_first)
+                    yield _event({**piece, "zephyra": _routing_json(answer.routing)} if is_first else piece)
+                    is_first = False
+        except ZephyraError as error:
+            # The status is out already; the stream itself must say what went wrong.
+            yield _event(_error_json(message_of(error), status_of(error).openai_type, code_of(error)))
+            return
+    if wants_usage:
+        yield _event({**shape.end(), "usage": _usage(chunk, completion_tokens)})
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: Json) -> str:
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
+
+
+def _finish_reason(chunk: TokenChunk) -> str:
+    return (chunk.finish_reason or FinishReason.ERROR).value
+
+
+def _usage(last: TokenChunk, completion_tokens: int) -> Json:
+    return {
+        "prompt_tokens": last.prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": last.prompt_tokens + completion_tokens,
+    }
+
+
+def _routing_json(routing: Routing) -> Json:
+    return {
+        "mixture": {str(ref): weight for ref, weight in routing.mixture.entries},
+        "probabilities": None if routing.probabilities is None else dict(routing.probabilities),
+        "routing_ms": round(routing.routing_ms, 3),
+    }
+
+
+def _error_json(message: str, openai_type: str, code: str | None, param: str | None = None) -> Json:
+    return {"error": {"message": message, "type": openai_type, "param": param, "code": code}}
+
+
+async def _on_zephyra_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ZephyraError)
+    status = status_of(error)
+    headers = {"retry-after": str(_RETRY_AFTER_S)} if isinstance(error, Overloaded) else None
+    content = _error_json(message_of(error), status.openai_type, code_of(error))
+    return JSONResponse(content, status_code=status.http, headers=headers)
+
+
+async def _on_invalid_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    body = _BODIES[request.url.path]
+    path = [str(part) for part in problem["loc"] if part != "body"]
+    param = path[0] if path and problem["type"] != "json_invalid" else None
+    content = _error_json(sentence(problem, list(body.model_fields)), "invalid_request_error", "invalid_input", param)
+    return JSONResponse(content, status_code=400)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    sentences = {
+        400: "The body cannot be read; send a JSON object encoded as UTF-8.",
+        404: f"There is nothing at {request.url.path}; the paths are listed at /docs.",
+        413: f"The body is larger than {MAX_BODY_BYTES} bytes, which is the most; send a shorter prompt.",
+        405: f"{request.method} is not possible at {request.url.path}; the methods are listed at /docs.",
+    }
+    message = message_of(ZephyraError(sentences.get(error.status_code, error.detail)))
+    content = _error_json(message, "invalid_request_error", None)
+    return JSONResponse(content, status_code=error.status_code, headers=error.headers)
+
+
+async def _on_unexpected(request: Request, error: Exception) -> Response:
+    request_id = request.headers.get("x-request-id", uuid.uuid4().hex)
+    logger.error("Request %s failed.", request_id, exc_info=error)
+    message = f"Internal error in request {request_id}; it has been logged."
+    return JSONResponse(_error_json(message, "server_error", "internal_error"), status_code=500)

@@ -1,0 +1,129 @@
+"""Runs a training stage as a Ray Train job: `python -m deployments.train STAGE --root ABSOLUTE --data ABSOLUTE`.
+
+Meant for `ray job submit`, whose working folder is a temporary copy of the code: paths must be absolute. One fit per
+stage. A worker that dies is started again and resumes from the newest checkpoint; so does a job that is submitted
+again under the same --run-name.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import ray
+import ray.train
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from cluster.config import StageSettings, ray_address
+from cluster.errors import InvalidInput, ZephyraError
+from cluster.training import STAGES
+from cluster.training.pipeline import run_all
+from cluster.training.recipes import recipe
+
+_REPORT_EVERY_S = 5.0
+
+
+class TrainRun:
+    """A stage inside a Ray Train worker: one line of progress now and then, checkpoints kept by Ray Train."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._title, self._num_steps = "", 0
+        self._started_s = self._reported_s = time.monotonic()
+        self._metrics: dict[str, float] = {}
+
+    def start(self, title: str, num_steps: int) -> None:
+        self._title, self._num_steps, self._started_s = title, num_steps, time.monotonic()
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._metrics = {"step": step, **metrics}
+        now = time.monotonic()
+        if now - self._reported_s < _REPORT_EVERY_S and step != self._num_steps:
+            return
+        self._reported_s = now
+        left_s = (now - self._started_s) / step * (self._num_steps - step)
+        values = "  ".join(f"{name} {value:,.3g}" for name, value in metrics.items())
+        print(f"{self._title}: step {step}/{self._num_steps}  {values}  {left_s:.0f} s left", flush=True)
+        ray.train.report(self._metrics)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def checkpoint(self, save: Callable[[Path], None]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            save(Path(folder))
+            ray.train.report(self._metrics, checkpoint=Checkpoint.from_directory(folder))
+
+    def restore(self) -> Path | None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        return Path(checkpoint.to_directory(tempfile.mkdtemp(prefix=f"zephyra-{self._stage}-")))
+
+
+def _train(config: dict[str, Any]) -> str | None:
+    """What the worker runs. Returns what the user did wrong, if that is why it ended: trying again would not help."""
+    try:
+        settings = StageSettings.model_validate_json(config["settings"])
+        STAGES[config["stage"]](settings, TrainRun(config["stage"]))
+    except ZephyraError as error:
+        return str(error)
+    return None
+
+
+def fit(stage: str, settings: StageSettings, run_name: str, num_cpus: float) -> None:
+    """Run one stage on the cluster and wait for it. Raises `InvalidInput` with the stage's own reason if it refused."""
+    trainer = TorchTrainer(
+        _train,
+        train_loop_config={"stage": stage, "settings": settings.model_dump_json()},
+        scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": num_cpus}),
+        run_config=RunConfig(
+            name=f"{run_name}-{stage}",
+            storage_path=str(settings.root / "runs"),
+            failure_config=FailureConfig(max_failures=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    if (reason := trainer.fit().return_value) is not None:
+        raise InvalidInput(reason)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.train", description=__doc__)
+    parser.add_argument("stage", choices=[*STAGES, "all"])
+    parser.add_argument("--root", required=True, help="absolute folder or mount that holds the artifacts")
+    parser.add_argument("--data", required=True, help="absolute folder of Parquet files")
+    parser.add_argument("--recipe", default="starter")
+    parser.add_argument("--run-name", default=time.strftime("%Y%m%d-%H%M%S"), help="the same name resumes a run")
+    parser.add_argument("--cpus", type=float, default=1.0, help="CPUs that the worker reserves, and its threads")
+    options = parser.parse_args(arguments)
+    try:
+        settings = _settings(options)
+        ray.init(address=ray_address() or "local", ignore_reinit_error=True)
+        if options.stage == "all":
+            run_all(settings, lambda stage: fit(stage, settings, options.run_name, options.cpus), again=True)
+        else:
+            fit(options.stage, settings, options.run_name, options.cpus)
+    except ZephyraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> StageSettings:
+    chosen = recipe(options.recipe)
+    try:
+        return StageSettings(root=options.root, data=options.data, recipe=chosen, name=options.recipe)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidInput(f"--{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}.") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

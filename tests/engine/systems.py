@@ -1,0 +1,268 @@
+"""Small random systems for the engine's tests: bases of three architectures, adapters, mixtures, and the slow
+reference, which merges a mixture into a copy of the base's weights and calls `generate`.
+"""
+
+import copy
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from cluster.config import EngineSettings
+from cluster.engine.engine import Engine, StepOutput
+from cluster.engine.runner import Resident, Runner
+from cluster.engine.sequence import Sequence
+from cluster.lora.delta import dense_delta
+from cluster.lora.weights import AdapterWeights, Factors, adaptable_layers
+from cluster.messages import AdapterRef, FinishReason, GenerateRequest, Mixture, SamplingParams
+from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
+from cluster.model.base import Base, encode_prompt
+from cluster.model.tokenizer import train_tokenizer
+
+KINDS = ("zephyra", "llama", "qwen3")
+CONTEXT_TOKENS = 160
+FINGERPRINT = "0123456789abcdef"
+MARGIN = 2e-4
+"""A decision closer than this may fall either way."""
+
+PROMPTS = (
+    "one",
+    "What is the capital of France?",
+    "Rechne 12 km in m um, bitte.",
+    "数字を書いてください 😀",
+    "select name from users where id = 7 order by name limit 3",
+    "a",
+)
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer([*PROMPTS, "the quick brown fox jumps over the lazy dog. " * 3], 340, CONTEXT_TOKENS)
+
+
+@cache
+def _model(kind: str) -> PreTrainedModel:
+    torch.set_num_threads(1)
+    torch.manual_seed(KINDS.index(kind))
+    shape = {
+        "vocab_size": len(tokenizer()),
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": CONTEXT_TOKENS,
+    }
+    if kind == "zephyra":
+        model: PreTrainedModel = ZephyraFusionForCausalLM(ZephyraFusionConfig(**shape))
+    elif kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.5 if "embed" in name or "lm_head" in name else 0.1)
+    return model.eval().requires_grad_(False)
+
+
+def make_base(kind: str = "zephyra") -> Base:
+    """A fresh copy of the base of this kind: an engine wraps its layers."""
+    return Base(copy.deepcopy(_model(kind)), tokenizer(), FINGERPRINT, kind)
+
+
+def ref(name: str) -> AdapterRef:
+    return AdapterRef(name, 1)
+
+
+def make_adapter(
+    model: PreTrainedModel, seed: int, rank: int, scale: float = 0.5, only: str = "", std: float = 0.2
+) -> AdapterWeights:
+    """Random factors of both matrices for every layer whose name contains `only`."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name, layer in adaptable_layers(model).items():
+        a_RI = torch.randn(rank, layer.in_features, generator=generator) * std
+        b_OR = torch.randn(layer.out_features, rank, generator=generator) * std
+        if only in name:
+            factors[name] = Factors(a_RI, b_OR, scale)
+    return AdapterWeights(factors, FINGERPRINT)
+
+
+@cache
+def adapters(kind: str = "zephyra") -> dict[AdapterRef, AdapterWeights]:
+    """Of different ranks; two change only some layers."""
+    model = _model(kind)
+    return {
+        ref("law"): make_adapter(model, 1, rank=4),
+        ref("sql"): make_adapter(model, 2, rank=1, scale=2.0),
+        ref("math"): make_adapter(model, 3, rank=8, only="mlp"),
+        ref("poetry"): make_adapter(model, 4, rank=2, only="layers.1.self_attn"),
+        ref("chess"): make_adapter(model, 5, rank=3, only="q_proj", scale=-1.0),
+    }
+
+
+MIXTURES = (
+    Mixture(),
+    Mixture.of({ref("law"): 1.0}),
+    Mixture.of({ref("sql"): 0.75}),
+    Mixture.of({ref("poetry"): 1.5}),
+    Mixture.of({ref("chess"): 1.0}),
+    Mixture.of({ref("law"): 0.5, ref("math"): 0.5}),
+    Mixture.of({ref("law"): 0.25, ref("sql"): 0.5, ref("math"): 0.25}),
+    Mixture.of({ref("law"): 0.25, ref("sql"): 0.25, ref("math"): 0.25, ref("poetry"): 0.25}),
+)
+
+
+def request(
+    request_id: str, prompt: str = PROMPTS[1], mixture: Mixture = MIXTURES[0], **sampling: Any
+) -> GenerateRequest:
+    return GenerateRequest(request_id, prompt, mixture, SamplingParams(**{"max_tokens": 8, **sampling}))
+
+
+def bytes_of(kind: str, mixture: Mixture) -> int:
+    """What the adapters of a mixture take together."""
+    return sum(adapters(kind)[r].num_bytes for r in mixture.refs)
+
+
+class RecordingRunner(Runner):
+    """Keeps the logits of every step, by request."""
+
+    def __init__(self, model: PreTrainedModel, max_rows: int, max_tokens: int) -> None:
+        super().__init__(model, max_rows, max_tokens)
+        self.logits: dict[str, list[Tensor]] = {}
+
+    def prefill(self, sequence: Sequence, resident: Resident) -> Tensor:
+        logits_V = super().prefill(sequence, resident)
+        self.logits[sequence.request_id] = [logits_V.clone()]
+        return logits_V
+
+    def decode(self, sequences: Rows[Sequence], resident: Resident) -> Tensor:
+        logits_BV = super().decode(sequences, resident)
+        for sequence, logits_V in zip(sequences, logits_BV, strict=True):
+            self.logits[sequence.request_id].append(logits_V.clone())
+        return logits_BV
+
+
+@dataclass
+class Observed:
+    """What came out for one request."""
+
+    token_ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+class System:
+    """An engine with the adapters it can be given and a record of all it said."""
+
+    def __init__(self, kind: str = "zephyra", **settings: int) -> None:
+        self.base = make_base(kind)
+        parsed = EngineSettings(**{"max_batch_size": 4, **settings})
+        self.runner = RecordingRunner(self.base.model, parsed.max_batch_size, CONTEXT_TOKENS)
+        self.engine = Engine(self.base, parsed, self.runner)
+        self.adapters = dict(adapters(kind))
+        self.observed: dict[str, Observed] = {}
+
+    def submit(self, given: GenerateRequest) -> None:
+        self.engine.submit(given)
+        self.observed[given.request_id] = Observed()
+
+    def deliver(self) -> None:
+        """Give the engine every adapter it wants now."""
+        for wanted in self.engine.wanted_adapters():
+            self.engine.add_adapter(wanted, self.adapters[wanted])
+
+    def step(self) -> list[StepOutput]:
+        outputs = self.engine.step()
+        self.engine.check_integrity()
+        for output in outputs:
+            seen = self.observed[output.request_id]
+            assert seen.finish_reason is None, "a chunk followed the last one"
+            seen.token_ids += output.chunk.token_ids
+            seen.texts.append(output.chunk.text)
+            seen.finish_reason = output.chunk.finish_reason
+            seen.prompt_tokens = output.chunk.prompt_tokens
+        return outputs
+
+    def run(self, max_steps: int = 2000) -> dict[str, Observed]:
+        """Step until all has ended, delivering adapters as they are wanted."""
+        for _ in range(max_steps):
+            self.deliver()
+            if not self.engine.has_work:
+                break
+            self.step()
+        stats = self.engine.stats()
+        assert (stats.num_running, stats.num_waiting) == (0, 0), "the engine came to a halt with work left"
+        return self.observed
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Greedy tokens of `generate` with merged weights, and the logits [T, V] that chose them."""
+
+    token_ids: list[int]
+    logits_TV: Tensor
+
+    def num_certain(self) -> int:
+        """How many tokens come before the first decision closer than MARGIN."""
+        top_T2 = self.logits_TV.topk(2, dim=-1).values
+        close = ((top_T2[:, 0] - top_T2[:, 1]) < MARGIN).nonzero()
+        return int(close[0]) if len(close) else len(self.token_ids)
+
+
+@cache
+def merged_model(kind: str, mixture: Mixture) -> PreTrainedModel:
+    model = copy.deepcopy(_model(kind))
+    for name, layer in adaptable_layers(model).items():
+        parts = [(adapters(kind)[r], weight) for r, weight in mixture.entries if name in adapters(kind)[r].factors]
+        factors = [(part.factors[name].a_RI, part.factors[name].scale * part.factors[name].b_OR) for part, _ in parts]
+        delta = dense_delta(factors, [weight for _, weight in parts])
+        layer.weight.copy_((layer.weight.double() + delta).float())
+    return model
+
+
+@cache
+def reference(kind: str, prompt: str, mixture: Mixture, max_tokens: int) -> Reference:
+    model, ids = merged_model(kind, mixture), torch.tensor([encode_prompt(tokenizer(), prompt)])
+    ends = sorted({2, tokenizer().eos_token_id} if kind == "llama" else {tokenizer().eos_token_id})
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_tokens,
+        eos_token_id=ends,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return Reference(output.sequences[0, ids.shape[1] :].tolist(), torch.cat(output.logits))
+
+
+def teacher_forced(kind: str, prompt: str, mixture: Mixture, token_ids: list[int]) -> Tensor:
+    """The merged model's logits [T, V] at each decision, given the tokens that were chosen; one pass, no cache."""
+    ids = encode_prompt(tokenizer(), prompt)
+    logits = merged_model(kind, mixture)(torch.tensor([ids + token_ids[:-1]]), use_cache=False).logits[0]
+    return logits[len(ids) - 1 :]
+
+
+def emptied(given: GenerateRequest) -> GenerateRequest:
+    """The same request to the plain base."""
+    return replace(given, mixture=Mixture())

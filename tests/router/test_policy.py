@@ -1,0 +1,69 @@
+"""Logits to weights: what is promised of every mixture, whatever the logits."""
+
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.messages import NONE_DOMAIN, WEIGHT_STEP
+from cluster.router.policy import MAX_SELECTED, Policy, probabilities, round_weights
+
+LOGIT = st.floats(-40, 40, allow_nan=False)
+LOGITS = st.dictionaries(st.sampled_from("abcdefghij"), LOGIT, max_size=10)
+
+
+@given(LOGITS, LOGIT, st.floats(-5, 5))
+@settings(deadline=None, max_examples=200)
+def test_weights_are_few_sum_to_one_and_lie_on_the_grid(
+    logits: dict[str, float], none: float, threshold: float
+) -> None:
+    weights = Policy(threshold).weights(tuple(logits), [*logits.values(), none])
+    assert len(weights) <= MAX_SELECTED
+    passing = {name for name, logit in logits.items() if logit - none >= threshold}
+    assert set(weights) <= passing
+    assert bool(weights) == bool(passing)
+    if weights:
+        assert sum(weights.values()) == 1.0
+        assert all(weight > 0 and (weight / WEIGHT_STEP).is_integer() for weight in weights.values())
+        assert max(weights, key=lambda name: weights[name]) in {
+            name for name in logits if logits[name] == max(logits.values())
+        } or len(set(weights.values())) < len(weights)
+
+
+@given(LOGITS, LOGIT, st.floats(-5, 5), st.floats(0.01, 10))
+@settings(deadline=None, max_examples=100)
+def test_a_domain_below_the_threshold_changes_no_mixture(
+    logits: dict[str, float], none: float, threshold: float, distance: float
+) -> None:
+    policy = Policy(threshold)
+    before = policy.weights(tuple(logits), [*logits.values(), none])
+    grown = {**logits, "new": none + threshold - distance}
+    assert policy.weights(tuple(grown), [*grown.values(), none]) == before
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.floats(1e-6, 1e3), min_size=1))
+@settings(deadline=None, max_examples=200)
+def test_rounding_moves_no_weight_by_a_whole_step(weights: dict[str, float]) -> None:
+    rounded = round_weights(weights)
+    total = sum(weights.values())
+    assert sum(rounded.values()) == 1.0
+    assert all(abs(rounded.get(name, 0.0) - weight / total) < WEIGHT_STEP for name, weight in weights.items())
+
+
+def test_by_hand() -> None:
+    policy = Policy(threshold=1.0)
+    assert policy.weights(("a", "b"), [3.0, 0.5, 0.0]) == {"a": 1.0}
+    assert policy.weights(("a", "b"), [3.0, 3.0, 0.0]) == {"a": 0.5, "b": 0.5}
+    assert policy.weights(("a", "b"), [0.9, 0.5, 0.0]) == {}
+    # exp(-1) / (1 + exp(-1)) = 0.2689 = 17.2 / 64
+    assert policy.weights(("a", "b"), [3.0, 2.0, 0.0]) == {"a": 47 / 64, "b": 17 / 64}
+
+
+@given(LOGITS, LOGIT)
+@settings(deadline=None, max_examples=100)
+def test_probabilities_are_the_softmax(logits: dict[str, float], none: float) -> None:
+    found = probabilities(tuple(logits), [*logits.values(), none])
+    powers = {name: math.exp(logit) for name, logit in {**logits, NONE_DOMAIN: none}.items()}
+    assert math.isclose(sum(found.values()), 1.0)
+    for name, power in powers.items():
+        assert math.isclose(found[name], power / sum(powers.values()), rel_tol=1e-9)

@@ -1,0 +1,100 @@
+"""How the application is built and configured, short of starting it."""
+
+import socket
+from types import ModuleType
+
+import pytest
+import yaml
+from ray._common.utils import import_attr
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve._private.build_app import build_app
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.config import CHECKOUT, AppSettings
+from cluster.errors import InvalidInput, NotTrained, PortTaken
+from cluster.lora.catalog import Catalog, Change
+from deployments import app
+from deployments.application import bind, build, check_packages
+from deployments.cluster import Ports, serving
+from deployments.protos import zephyra_pb2_grpc
+from tests.serving.conftest import free_port
+
+
+def deployments_of(application):
+    return {deployment.name: deployment for deployment in build_app(application, name="zephyra").deployments}
+
+
+def test_one_deployment_each_and_one_per_shard():
+    names = list(deployments_of(bind(AppSettings(shards=3))))
+    assert sorted(names) == sorted(
+        ["Gateway", "Router", "BaseReplica", "Coordinator", "AdapterShard-0", "AdapterShard-1", "AdapterShard-2"]
+    )
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5, 40])
+def test_two_cores_hold_any_number_of_shards(shards):
+    deployments = deployments_of(bind(AppSettings(shards=shards)))
+    assert sum(d.ray_actor_options["num_cpus"] for d in deployments.values()) <= 2
+
+
+def test_serve_run_takes_the_builder_with_strings_for_arguments(root):
+    """As the command line calls it."""
+    arguments = {"root": str(root), "shards": "4"}
+    for target in ("deployments:app", "deployments.app", "deployments"):
+        application = call_user_app_builder_with_args_if_necessary(import_attr(target), arguments)
+        assert "AdapterShard-3" in deployments_of(application)
+
+
+def test_serve_run_refuses_an_argument_that_is_none():
+    with pytest.raises(ValueError, match="shrads"):
+        call_user_app_builder_with_args_if_necessary(app, {"shrads": "4"})
+
+
+def test_serve_build_finds_an_application_without_a_trained_root():
+    assert "Gateway" in deployments_of(import_attr("deployments:default_app"))
+
+
+def test_a_root_without_a_base_is_refused_before_anything_starts(tmp_path):
+    with pytest.raises(NotTrained, match="zephyra train all"):
+        build(AppSettings(root=str(tmp_path)))
+    Catalog(tmp_path).publish(Change(base=1))
+    with pytest.raises(NotTrained, match=r"config\.json"):
+        build(AppSettings(root=str(tmp_path)))
+    with pytest.raises(NotTrained, match="nowhere"):
+        build(AppSettings(base="artifacts/nowhere"))
+
+
+def test_another_package_called_cluster_is_noticed():
+    check_packages()
+    other = ModuleType("cluster")
+    other.__file__ = "/somewhere/cluster/__init__.py"
+    with pytest.raises(InvalidInput, match="'cluster' in /somewhere/cluster is not Zephyra's"):
+        check_packages(other)
+
+
+def test_a_taken_port_is_named_before_ray_starts(root):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ports = Ports(http=free_port(), grpc=port, dashboard=None)
+        with (
+            pytest.raises(PortTaken, match=f"Port {port} is taken .* --grpc-port"),
+            serving(AppSettings(root=str(root)), ports),
+        ):
+            pass
+
+
+def test_the_config_file_holds_only_what_serve_knows():
+    """Serve ignores keys it does not know; a misspelt one would do nothing without a word."""
+    content = yaml.safe_load((CHECKOUT / "ray_config.yaml").read_text())
+    assert "Serve config" in (CHECKOUT / "ray_config.yaml").read_text().splitlines()[0]
+    schema = ServeDeploySchema.model_validate(content)
+    understood = schema.model_dump(mode="json", exclude_unset=True)
+    assert understood == content
+    (application,) = schema.applications
+    assert (application.name, schema.http_options.host) == ("zephyra", "127.0.0.1")
+    AppSettings.model_validate(application.args)
+    assert import_attr(application.import_path) is app
+    (servicer,) = schema.grpc_options.grpc_servicer_functions
+    assert import_attr(servicer) is zephyra_pb2_grpc.add_ZephyraServicer_to_server

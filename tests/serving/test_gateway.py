@@ -1,0 +1,197 @@
+"""The Gateway over the whole flow in one process: which mixture answers, and what happens when things change."""
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from cluster.config import AppSettings
+from cluster.errors import InvalidMixture, RouterUnavailable, UnknownDomain, UnknownModel
+from cluster.lora.catalog import Catalog, Change
+from cluster.messages import AdapterRef, ChatMessage, ClientRequest, Mixture, Role, SamplingParams
+from deployments.base_replica import BaseReplica
+from deployments.gateway import Gateway
+from tests.nano import DOMAINS, publish_adapter
+from tests.serving.local import GoneHandle, LocalHandle, WordRouter, local_system
+
+pytestmark = pytest.mark.anyio
+
+
+def ref(domain, version=1):
+    return AdapterRef(domain, version)
+
+
+def request(prompt="hi", model="zephyra", mixture=None, max_tokens=4):
+    return ClientRequest(prompt, model, mixture, SamplingParams(max_tokens=max_tokens))
+
+
+async def ask(gateway, given):
+    """The routing and the token ids."""
+    answer = await gateway.answer(given)
+    async with aclosing(answer):
+        return answer.routing, [token async for chunk in answer.chunks() for token in chunk.token_ids]
+
+
+async def until(condition, seconds=5.0):
+    end = asyncio.get_running_loop().time() + seconds
+    while not await condition():
+        assert asyncio.get_running_loop().time() < end, "it did not come to be"
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("given", "mixture"),
+    [
+        (request(model="base"), {}),
+        (request(model="zephyra:law"), {ref("law"): 1.0}),
+        (request(model="zephyra:law@1"), {ref("law"): 1.0}),
+        (request("of law"), {ref("law"): 1.0}),
+        (request("law and math"), {ref("law"): 0.5, ref("math"): 0.5}),
+        (request("neither"), {}),
+        (request("of law", mixture={"math": 2.0, "sql@1": 0.5, "law": 0}), {ref("math"): 2.0, ref("sql"): 0.5}),
+        (request("of law", mixture={}), {}),
+        (request("of law", model="base", mixture={"math": 1}), {ref("math"): 1.0}),
+        (request((ChatMessage(Role.USER, "math"), ChatMessage(Role.USER, "law"))), {ref("law"): 1.0}),
+    ],
+)
+async def test_the_mixture_is_what_the_request_or_the_router_says(system, given, mixture):
+    routing, tokens = await ask(system.gateway, given)
+    assert routing.mixture == Mixture.of(mixture)
+    assert len(tokens) == 4
+    was_routed = given.mixture is None and given.model == "zephyra"
+    assert (routing.probabilities is not None) == was_routed
+    assert (routing.routing_ms > 0) == was_routed
+
+
+async def test_different_mixtures_give_different_tokens(system):
+    answers = [(await ask(system.gateway, request(model=model, max_tokens=16)))[1] for model in system.gateway.models()]
+    assert len({tuple(tokens) for tokens in [answers[0], *answers[2:]]}) == 4
+    # No domain is named in the prompt, so that zephyra is the base.
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("model", ["gpt-4", "", "law", "base:law", "Zephyra", "zephyra@1"])
+async def test_an_unknown_model_is_refused_even_beside_a_mixture(system, model):
+    for mixture in (None, {"law": 1.0}):
+        with pytest.raises(UnknownModel, match="zephyra:law"):
+            await system.gateway.answer(request(model=model, mixture=mixture))
+
+
+async def test_a_mixture_names_each_adapter_once(system):
+    with pytest.raises(InvalidMixture, match="law@1 twice"):
+        await system.gateway.answer(request(mixture={"law": 1.0, "law@1": 1.0}))
+
+
+async def test_models_are_the_base_the_router_and_one_per_domain(system):
+    assert system.gateway.models() == ["base", "zephyra", "zephyra:law", "zephyra:math", "zephyra:sql"]
+
+
+async def test_a_domain_that_only_the_router_knows_is_left_out(root, system):
+    router = LocalHandle(WordRouter([*DOMAINS, "art"]))
+    gateway = Gateway(router, LocalHandle(system.replica), str(root))
+    assert (await gateway.route("law, math and art")).mixture == Mixture.of({ref("law"): 0.5, ref("math"): 0.5})
+    assert (await gateway.route("art")).mixture == Mixture()
+
+
+async def test_a_router_that_does_not_answer_is_an_error_and_others_need_none(root, system):
+    gateway = Gateway(GoneHandle(), LocalHandle(system.replica), str(root), router_wait_s=0.1)
+    with pytest.raises(RouterUnavailable):
+        await gateway.answer(request())
+    routing, _ = await ask(gateway, request(model="zephyra:law"))
+    assert routing.mixture == Mixture.of({ref("law"): 1.0})
+
+
+async def test_a_new_version_is_used_within_a_second_and_a_request_in_flight_keeps_its_own(own_root):
+    system = local_system(own_root, DOMAINS)
+    given = request(model="zephyra:law", max_tokens=300)
+    _, before = await ask(system.gateway, given)
+    in_flight = await system.gateway.answer(given)
+    new = publish_adapter(own_root, "law", seed=7)
+
+    async def is_current():
+        return system.gateway.state.adapters["law"] == new.version
+
+    await until(is_current, seconds=1)
+    async with aclosing(in_flight):
+        tokens = [token async for chunk in in_flight.chunks() for token in chunk.token_ids]
+    assert (in_flight.routing.mixture, tokens) == (Mixture.of({ref("law"): 1.0}), before)
+    routing, after = await ask(system.gateway, given)
+    assert routing.mixture == Mixture.of({new: 1.0})
+    assert after != before
+    assert (await ask(system.gateway, request(model="zephyra:law@1", max_tokens=300)))[1] == before
+    system.replica.engine.stop()
+
+
+async def test_a_withdrawn_domain_is_unknown_within_a_second(own_root):
+    system = local_system(own_root, DOMAINS)
+    Catalog(own_root).publish(Change(withdrawn=("law",)))
+
+    async def is_gone():
+        return "law" not in system.gateway.state.adapters
+
+    await until(is_gone, seconds=1)
+    with pytest.raises(UnknownDomain):
+        await system.gateway.answer(request(model="zephyra:law"))
+    system.replica.engine.stop()
+
+
+async def test_a_new_base_does_not_take_the_adapters_of_the_one_that_is_served(own_root, caplog):
+    system = local_system(own_root, DOMAINS)
+    Catalog(own_root).publish(Change(base=2))
+
+    async def is_told():
+        return "Base 2 was published" in caplog.text
+
+    await until(is_told)
+    routing, _ = await ask(system.gateway, request(model="zephyra:law"))
+    assert routing.mixture == Mixture.of({ref("law"): 1.0})
+    system.replica.engine.stop()
+
+
+async def test_a_damaged_generation_leaves_the_last_good_one(own_root, caplog):
+    system = local_system(own_root, DOMAINS)
+    latest = Catalog(own_root).latest()
+    (own_root / "catalog" / f"{latest + 1}.json").write_text("{")
+
+    async def is_told():
+        return "could not be followed" in caplog.text
+
+    await until(is_told)
+    assert system.gateway.state.generation == latest
+    (own_root / "catalog" / f"{latest + 1}.json").unlink()
+    publish_adapter(own_root, "law", seed=7)
+
+    async def is_current():
+        return system.gateway.state.adapters["law"] == 2
+
+    await until(is_current)
+    system.replica.engine.stop()
+
+
+async def test_closing_an_answer_reaches_the_engine(system):
+    async with aclosing(await system.gateway.answer(request(model="base", max_tokens=400))):
+        assert (await system.replica.stats()).num_running == 1
+
+    async def is_idle():
+        return (await system.replica.stats()).num_running == 0
+
+    await until(is_idle)
+    assert (await system.replica.stats()).num_generated_tokens < 400
+
+
+async def test_cancelling_a_request_before_its_first_token_reaches_the_engine(root):
+    replica = BaseReplica(GoneHandle(), AppSettings(root=str(root), threads=1))
+    gateway = Gateway(LocalHandle(WordRouter(DOMAINS)), LocalHandle(replica), str(root))
+    task = asyncio.ensure_future(gateway.answer(request(model="zephyra:law")))
+
+    async def is_waiting():
+        return (await replica.stats()).num_waiting == 1
+
+    await until(is_waiting)
+    task.cancel()
+
+    async def is_idle():
+        return (await replica.stats()).num_waiting == 0
+
+    await until(is_idle)
+    replica.engine.stop()

@@ -1,0 +1,161 @@
+"""The gRPC wire over the whole flow in one process: translation, errors, and who may call."""
+
+import asyncio
+from contextlib import aclosing
+
+import grpc
+import pytest
+
+from cluster.errors import PeerRefused, ZephyraError
+from cluster.messages import ChatMessage, ClientRequest, Role, SamplingParams
+from deployments import grpc_api
+from deployments.protos import zephyra_pb2 as pb
+from tests.serving.bad_input import BAD_REQUESTS, check_sentence
+
+pytestmark = pytest.mark.anyio
+
+
+class Context:
+    """The part of Serve's gRPC context that is used."""
+
+    def __init__(self, peer="ipv4:127.0.0.1:5000"):
+        self._peer, self.code, self.details = peer, None, ""
+
+    def peer(self):
+        return self._peer
+
+    def request_id(self):
+        return "r-17"
+
+    def set_code(self, code):
+        self.code = code
+
+    def set_details(self, details):
+        self.details = details
+
+
+CHAT = pb.Chat(
+    messages=[
+        pb.Message(role=pb.Message.ROLE_SYSTEM, content="Be brief."),
+        pb.Message(role=pb.Message.ROLE_USER, content="hi"),
+    ]
+)
+TURNS = (ChatMessage(Role.SYSTEM, "Be brief."), ChatMessage(Role.USER, "hi"))
+MIXTURE = pb.Mixture(
+    entries=[pb.MixtureEntry(domain="law", weight=0.5), pb.MixtureEntry(domain="math", version=2, weight=1)]
+)
+SAMPLING = pb.Sampling(max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, seed=5, stop=["x"])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (pb.GenerateRequest(prompt="hi"), ClientRequest("hi")),
+        (pb.GenerateRequest(prompt="hi", router=pb.Router()), ClientRequest("hi")),
+        (pb.GenerateRequest(prompt="hi", base=pb.Base()), ClientRequest("hi", "base")),
+        (pb.GenerateRequest(prompt="hi", domain="law"), ClientRequest("hi", "zephyra:law")),
+        (pb.GenerateRequest(prompt="hi", mixture=MIXTURE), ClientRequest("hi", mixture={"law": 0.5, "math@2": 1.0})),
+        (pb.GenerateRequest(prompt="hi", mixture=pb.Mixture()), ClientRequest("hi", mixture={})),
+        (pb.GenerateRequest(chat=CHAT), ClientRequest(TURNS)),
+        (
+            pb.GenerateRequest(prompt="hi", sampling=SAMPLING),
+            ClientRequest("hi", sampling=SamplingParams(3, 0.5, 0.9, 4, 5, ("x",))),
+        ),
+    ],
+)
+def test_requests_mean_what_they_say(given, expected):
+    assert grpc_api.client_request(pb.GenerateRequest.FromString(given.SerializeToString())) == expected
+
+
+async def generated(gateway, request, context):
+    return [chunk async for chunk in grpc_api.generate(gateway, request, context)]
+
+
+async def test_a_stream_says_the_same_as_the_whole_answer(system):
+    request = pb.GenerateRequest(prompt="law and sql", sampling=pb.Sampling(max_tokens=20))
+    whole = await grpc_api.complete(system.gateway, request, Context())
+    chunks = await generated(system.gateway, request, Context())
+    assert [token for chunk in chunks for token in chunk.token_ids] == list(whole.token_ids)
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert chunks[-1].finish_reason == whole.finish_reason == pb.FINISH_REASON_LENGTH
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage.completion_tokens == 20
+    assert chunks[0].routing.mixture == whole.routing.mixture
+    assert [(e.domain, e.version, e.weight) for e in whole.routing.mixture.entries] == [
+        ("law", 1, 0.5),
+        ("sql", 1, 0.5),
+    ]
+    assert dict(whole.routing.probabilities) == {"law": 0.5, "math": 0.0, "sql": 0.5, "none": 0.0}
+    assert not any(chunk.HasField("routing") for chunk in chunks[1:])
+
+
+async def test_a_client_that_leaves_frees_its_place(system):
+    request = pb.GenerateRequest(prompt="hi", base=pb.Base(), sampling=pb.Sampling(max_tokens=3000))
+    async with aclosing(grpc_api.generate(system.gateway, request, Context())) as chunks:
+        await anext(chunks)
+        assert (await system.replica.stats()).num_running == 1
+    await asyncio.sleep(0.1)
+    stats = await system.replica.stats()
+    assert (stats.num_running, stats.num_finished) == (0, 0)
+
+
+async def test_route(system):
+    routing = await grpc_api.route(system.gateway, pb.RouteRequest(prompt="of math"), Context())
+    assert [(e.domain, e.weight) for e in routing.mixture.entries] == [("math", 1.0)]
+    assert routing.routing_ms > 0
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS, ids=lambda case: case.name)
+async def test_bad_requests_get_a_code_and_a_sentence(system, case):
+    for call in (grpc_api.complete, generated):
+        context = Context()
+        with pytest.raises(ZephyraError):
+            await call(system.gateway, case.grpc_request, context)
+        assert context.code == case.grpc_code
+        check_sentence(context.details, case)
+
+
+async def test_a_role_must_be_given(system):
+    context = Context()
+    request = pb.GenerateRequest(chat=pb.Chat(messages=[pb.Message(content="hi")]))
+    with pytest.raises(ZephyraError):
+        await grpc_api.complete(system.gateway, request, context)
+    assert (context.code, "role" in context.details) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
+async def test_a_bug_is_not_shown():
+    context = Context()
+    with pytest.raises(AttributeError):
+        await grpc_api.complete(None, pb.GenerateRequest(prompt="hi"), context)
+    assert context.code == grpc.StatusCode.INTERNAL
+    assert context.details == "Internal error in request r-17; it has been logged."
+
+
+@pytest.mark.parametrize(
+    "peer",
+    ["ipv4:127.0.0.1:5000", "ipv4:127.8.9.1:1", "ipv6:%5B::1%5D:5000", "ipv6:[::1]:5000", "unix:", "unix:/run/socket"],
+)
+def test_callers_on_this_machine_are_served(peer):
+    grpc_api.check_peer(peer)
+
+
+@pytest.mark.parametrize(
+    "peer",
+    [
+        "ipv4:192.168.0.7:5000",
+        "ipv4:10.0.0.1:127",
+        "ipv4:1.127.0.0:5000",
+        "ipv6:%5Bfe80::1%5D:5000",
+        "ipv6:%5B::11%5D:5000",
+        "",
+        "unknown",
+        "ipv4:",
+    ],
+)
+async def test_callers_from_elsewhere_are_refused(system, peer):
+    with pytest.raises(PeerRefused):
+        grpc_api.check_peer(peer)
+    context = Context(peer)
+    with pytest.raises(PeerRefused):
+        await grpc_api.route(system.gateway, pb.RouteRequest(prompt="hi"), context)
+    assert context.code == grpc.StatusCode.PERMISSION_DENIED

@@ -1,0 +1,264 @@
+"""The HTTP wire over the whole flow in one process: OpenAI's shapes, and what bad bodies get."""
+
+import json
+import logging
+
+import httpx
+import pytest
+
+from cluster.errors import Overloaded
+from cluster.messages import GenerateRequest, Mixture, SamplingParams
+from deployments.gateway import Gateway
+from deployments.openai_api import MAX_BODY_BYTES, build_api
+from tests.nano import DOMAINS
+from tests.serving.bad_input import BAD_REQUESTS, check_sentence
+from tests.serving.local import GoneHandle, LocalHandle, WordRouter
+
+pytestmark = pytest.mark.anyio
+
+
+LONG_REQUEST = GenerateRequest("r", "hi", Mixture(), SamplingParams(max_tokens=40))
+
+
+def client_of(gateway):
+    transport = httpx.ASGITransport(build_api(gateway), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://zephyra")
+
+
+@pytest.fixture
+async def client(system):
+    async with client_of(system.gateway) as client:
+        yield client
+
+
+def events(response):
+    """The JSON of each server-sent event; the last must say [DONE]."""
+    lines = [block.removeprefix("data: ") for block in response.text.split("\n\n")]
+    assert lines[-2:] == ["[DONE]", ""]
+    return [json.loads(line) for line in lines[:-2]]
+
+
+def error_of(response):
+    """The error object, its shape checked."""
+    content = response.json()
+    assert list(content) == ["error"]
+    assert sorted(content["error"]) == ["code", "message", "param", "type"]
+    return content["error"]
+
+
+async def test_a_completion(client):
+    body = {"model": "zephyra", "prompt": "law and math", "max_tokens": 6}
+    content = (await client.post("/v1/completions", json=body)).json()
+    assert (content["object"], content["model"]) == ("text_completion", "zephyra")
+    assert content["id"].startswith("cmpl-")
+    assert content["choices"][0]["finish_reason"] == "length"
+    usage = content["usage"]
+    assert usage["completion_tokens"] == 6
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 6
+    zephyra = content["zephyra"]
+    assert zephyra["mixture"] == {"law@1": 0.5, "math@1": 0.5}
+    assert zephyra["probabilities"] == {"law": 0.5, "math": 0.5, "sql": 0.0, "none": 0.0}
+    assert zephyra["routing_ms"] > 0
+
+
+async def test_a_chat(client):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "law"}]
+    body = {"model": "base", "messages": messages, "max_completion_tokens": 5}
+    content = (await client.post("/v1/chat/completions", json=body)).json()
+    assert content["object"] == "chat.completion"
+    assert content["choices"][0]["message"]["role"] == "assistant"
+    assert content["usage"]["completion_tokens"] == 5
+    assert content["zephyra"] == {"mixture": {}, "probabilities": None, "routing_ms": 0.0}
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_stream_says_the_same_as_the_whole_answer(client, path):
+    prompt = {"prompt": "of law"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "law"}]}
+    body = {**prompt, "max_tokens": 20, "temperature": 0.8, "seed": 3}
+    whole = (await client.post(path, json=body)).json()
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    response = await client.post(path, json={**body, **options})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *pieces, last = events(response)
+    choices = [piece["choices"][0] for piece in pieces]
+    if path == "/v1/completions":
+        assert "".join(c["text"] for c in choices) == whole["choices"][0]["text"]
+    else:
+        assert "".join(c["delta"]["content"] for c in choices) == whole["choices"][0]["message"]["content"]
+        assert [c["delta"].get("role") for c in choices] == ["assistant"] + [None] * (len(choices) - 1)
+    assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + ["length"]
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert pieces[0]["zephyra"]["mixture"] == whole["zephyra"]["mixture"] == {"law@1": 1.0}
+    assert all("zephyra" not in piece for piece in pieces[1:])
+    assert len({piece["id"] for piece in (*pieces, last)}) == 1
+
+
+async def test_a_stop_string_ends_the_answer(client):
+    body = {"model": "base", "prompt": "hi", "max_tokens": 30}
+    text = (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+    stop = text[len(text) // 2]
+    content = (await client.post("/v1/completions", json={**body, "stop": stop})).json()
+    assert content["choices"][0] == {
+        "index": 0,
+        "text": text[: text.index(stop)],
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+
+
+async def test_nulls_mean_the_defaults_as_openais_clients_send_them(client):
+    body = {"model": "base", "prompt": "hi", "max_tokens": 4}
+    nulls = dict.fromkeys(("temperature", "top_p", "top_k", "seed", "stop", "n", "mixture", "stream_options", "user"))
+    first, second = [(await client.post("/v1/completions", json=b)).json() for b in (body, {**body, **nulls})]
+    assert first["choices"] == second["choices"]
+
+
+async def test_models_routes_and_health(client):
+    models = (await client.get("/v1/models")).json()
+    assert [m["id"] for m in models["data"]] == ["base", "zephyra", "zephyra:law", "zephyra:math", "zephyra:sql"]
+    by_prompt = (await client.post("/v1/route", json={"prompt": "of sql"})).json()
+    by_chat = (await client.post("/v1/route", json={"messages": [{"role": "user", "content": "of sql"}]})).json()
+    assert by_prompt["mixture"] == by_chat["mixture"] == {"sql@1": 1.0}
+    health = (await client.get("/health")).json()
+    assert health == {"status": "ok", "generation": 4, "domains": 3, "router": None}
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS, ids=lambda case: case.name)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_bad_requests_get_a_sentence_and_a_status_also_before_a_stream(client, case, stream):
+    body = json.dumps({**case.http_body, "stream": stream})
+    response = await client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == case.http_status
+    check_sentence(error_of(response)["message"], case)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words", "param"),
+    [
+        ("/v1/completions", {"prompt": "hi", "max_tokns": 3}, ["max_tokns", "max_tokens"], "max_tokns"),
+        ("/v1/completions", {"max_tokens": 3}, ["prompt", "missing"], "prompt"),
+        ("/v1/completions", {"prompt": ["hi"]}, ["prompt", "string"], "prompt"),
+        ("/v1/completions", {"prompt": "hi", "max_tokens": "3"}, ["max_tokens", "'3'", "integer"], "max_tokens"),
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 1.5}, ["max_tokens", "1.5", "integer"], "max_tokens"),
+        ("/v1/completions", {"prompt": "hi", "temperature": "hot"}, ["temperature", "'hot'", "number"], "temperature"),
+        ("/v1/completions", {"prompt": "hi", "temperature": 11}, ["temperature", "11", "10"], None),
+        ("/v1/completions", {"prompt": "hi", "stop": 3}, ["stop", "3", "list of strings"], "stop"),
+        ("/v1/completions", {"prompt": "hi", "n": 2}, ["n", "2", "1"], "n"),
+        ("/v1/completions", {"prompt": "hi", "mixture": {"law": "x"}}, ["mixture.law", "'x'", "number"], "mixture"),
+        ("/v1/completions", {"prompt": "hi", "stream_options": {}}, ["stream_options"], None),
+        ("/v1/completions", {"prompt": "hi", "model": "gpt-4"}, ["gpt-4", "zephyra:law"], None),
+        ("/v1/chat/completions", {"messages": []}, ["empty"], None),
+        ("/v1/chat/completions", {"messages": [{"role": "bot", "content": "x"}]}, ["role", "'bot'"], "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "name": "y"}]}, ["name"], "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, ["assistant", "user"], None),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "max_completion_tokens": 4},
+            ["max_tokens is 3", "max_completion_tokens is 4"],
+            None,
+        ),
+        ("/v1/route", {}, ["prompt or messages"], None),
+        ("/v1/route", {"prompt": "x", "messages": []}, ["prompt or messages"], None),
+        ("/v1/route", {"prompt": ""}, ["empty"], None),
+    ],
+)
+async def test_bodies_that_are_not_what_was_expected(client, path, body, words, param):
+    response = await client.post(path, json=body)
+    assert response.status_code == (404 if body.get("model") == "gpt-4" else 400)
+    error = error_of(response)
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    for word in words:
+        assert word in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"\xff\xfe", "JSON"),
+        (b"\xff{}", "UTF-8"),
+        (b'{"prompt": "\xff"}', "UTF-8"),
+        (b'{"prompt": "hi"', "JSON"),
+        (b"", "JSON"),
+        (b"[]", "JSON object"),
+        (b'"hi"', "JSON object"),
+        (b'{"prompt": "\\ud800"}', "prompt"),
+        (b"[" * 100_000, ""),
+        (b'{"prompt": "hi", "seed": ' + b"9" * 5000 + b"}", ""),
+    ],
+)
+async def test_bodies_that_are_no_json_text(client, content, word):
+    response = await client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert word in error_of(response)["message"]
+
+
+async def test_a_body_beyond_the_limit_is_refused_whether_announced_or_not(client):
+    body = b'{"prompt": "' + b"x" * MAX_BODY_BYTES + b'"}'
+
+    async def unannounced():
+        for start in range(0, len(body), 65536):
+            yield body[start : start + 65536]
+
+    for content in (body, unannounced()):
+        response = await client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 413
+        assert str(MAX_BODY_BYTES) in error_of(response)["message"]
+
+
+async def test_paths_and_methods_that_are_not_there(client):
+    assert error_of(await client.get("/v1/nothing"))["message"].startswith("There is nothing at /v1/nothing;")
+    response = await client.get("/v1/completions")
+    assert response.status_code == 405
+    assert "GET is not possible" in error_of(response)["message"]
+
+
+class FailingReplica:
+    """Raises at once, or after some chunks."""
+
+    def __init__(self, error, chunks=()):
+        self.error, self.chunks = error, chunks
+
+    async def generate(self, request):
+        for chunk in self.chunks:
+            yield chunk
+        raise self.error
+
+
+async def test_health_is_503_while_no_replica_answers(root):
+    async with client_of(Gateway(LocalHandle(WordRouter(DOMAINS)), GoneHandle(), str(root))) as client:
+        response = await client.get("/health")
+    assert (response.status_code, error_of(response)["code"]) == (503, "replica_lost")
+
+
+async def test_a_full_queue_says_when_to_come_back(root):
+    replica = FailingReplica(Overloaded("256 requests are waiting, which is the most; try again in a moment."))
+    gateway = Gateway(LocalHandle(WordRouter(DOMAINS)), LocalHandle(replica), str(root))
+    async with client_of(gateway) as client:
+        response = await client.post("/v1/completions", json={"prompt": "hi", "stream": True})
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    assert error_of(response)["type"] == "rate_limit_error"
+
+
+async def test_a_bug_is_logged_and_not_shown(root, caplog):
+    replica = FailingReplica(RuntimeError("secret"))
+    gateway = Gateway(LocalHandle(WordRouter(DOMAINS)), LocalHandle(replica), str(root))
+    with caplog.at_level(logging.ERROR):
+        async with client_of(gateway) as client:
+            headers = {"x-request-id": "r-17"}
+            response = await client.post("/v1/completions", json={"prompt": "hi"}, headers=headers)
+    assert response.status_code == 500
+    assert error_of(response)["message"] == "Internal error in request r-17; it has been logged."
+    assert "RuntimeError: secret" in caplog.text
+
+
+async def test_an_error_within_a_stream_is_its_last_event(root, system):
+    first, *_ = [chunk async for chunk in system.replica.generate(LONG_REQUEST)]
+    replica = FailingReplica(Overloaded("No more."), [first])
+    gateway = Gateway(LocalHandle(WordRouter(DOMAINS)), LocalHandle(replica), str(root))
+    async with client_of(gateway) as client:
+        response = await client.post("/v1/completions", json={"prompt": "hi", "stream": True})
+    assert response.status_code == 200
+    piece, error = [json.loads(block.removeprefix("data: ")) for block in response.text.split("\n\n")[:-1]]
+    assert piece["choices"][0]["text"] == first.text
+    assert error["error"]["message"] == "No more."
