@@ -46,15 +46,15 @@ class RouterSettings(_Settings):
     """The most prototypes of one domain; a domain of fewer examples has fewer."""
     hidden_domain_rate: float = Field(default=0.5, ge=0, le=1)
     """Share of the steps in which some domains are hidden and their prompts teach none."""
-    word_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Words are hidden with a rate drawn anew for each prompt between 0 and twice this."""
+    word_dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Words other than keywords are hidden with a rate drawn anew for each prompt between 0 and twice this."""
     pair_dropout: float = Field(default=0.5, ge=0, le=0.5)
     """Pairs of words are hidden with a rate drawn anew for each prompt between 0 and twice this: an unseen phrasing
     is made of known words in unseen pairs."""
-    outlier_rate: float = Field(default=0.35, ge=0, lt=1)
-    """Share of the prompts of a step that lose most of their words, and then teach none."""
-    outlier_dropout: float = Field(default=0.45, ge=0, le=1)
-    """Words of such a prompt are hidden with a rate drawn anew for each between this and 1."""
+    outlier_rate: float = Field(default=0.25, ge=0, lt=1)
+    """Share of the prompts of a step that lose their keywords, and then teach none."""
+    outlier_dropout: float = Field(default=0.2, ge=0, le=1)
+    """Other words of such a prompt are hidden with a rate drawn anew for each between this and 1."""
     target_false_rejection: float = Field(default=0.01, gt=0, lt=1)
     """Share of a domain's prompts, in validation data, that the threshold may turn away as none."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -22,6 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cluster.errors import Overloaded, ZephyraError
 from cluster.messages import FinishReason, TokenChunk
+from deployments.body_limit import BodyLimit
 from deployments.gateway import Answer, Gateway, Routing
 from deployments.openai_messages import ChatBody, CompletionBody, RouteBody, sentence
 from deployments.status import code_of, message_of, status_of
@@ -29,9 +30,6 @@ from deployments.status import code_of, message_of, status_of
 logger = logging.getLogger("ray.serve")
 
 Json = Mapping[str, Any]
-
-MAX_BODY_BYTES = 4 * 2**20
-"""Holds the longest prompt, and leaves room for a large mixture."""
 
 _RETRY_AFTER_S = 1
 _BODIES: Mapping[str, type[BaseModel]] = {
@@ -43,7 +41,8 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 
 def build_api(gateway: Gateway) -> FastAPI:
     """The HTTP application in front of `gateway`."""
-    api = FastAPI(title="Zephyra", description="One endpoint, many experts.", max_body_size=MAX_BODY_BYTES)
+    api = FastAPI(title="Zephyra", description="One endpoint, many experts.")
+    api.add_middleware(BodyLimit)
     api.add_exception_handler(RequestValidationError, _on_invalid_body)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(ZephyraError, _on_zephyra_error)
@@ -236,7 +235,6 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     sentences = {
         400: "The body cannot be read; send a JSON object encoded as UTF-8.",
         404: f"There is nothing at {request.url.path}; the paths are listed at /docs.",
-        413: f"The body is larger than {MAX_BODY_BYTES} bytes, which is the most; send a shorter prompt.",
         405: f"{request.method} is not possible at {request.url.path}; the methods are listed at /docs.",
     }
     message = message_of(ZephyraError(sentences.get(error.status_code, error.detail)))

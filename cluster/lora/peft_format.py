@@ -61,7 +61,7 @@ def pack(folder: Path) -> PackedAdapter:
         if size > MAX_ADAPTER_BYTES:
             raise CorruptArtifact(f"The adapter in {folder.name} has {size} bytes; the most is {MAX_ADAPTER_BYTES}.")
         tensors = np.fromfile(folder / _TENSORS, dtype=np.uint8)
-        if hashlib.sha256(memoryview(tensors)).hexdigest() != ours["sha256"]:
+        if hashlib.sha256(tensors.data).hexdigest() != ours["sha256"]:
             raise CorruptArtifact(
                 f"The adapter in {folder.parent.name}/{folder.name} is not what was published; restore it."
             )
@@ -145,8 +145,8 @@ def _factors(
         raise IncompatibleAdapter(f"The adapter trains biases (bias={config['bias']!r}); train with bias='none'.")
     if str(config.get("init_lora_weights", "")).lower().startswith(_MOVES_THE_BASE):
         raise IncompatibleAdapter(
-            f"The adapter was started by {config['init_lora_weights']!r}, which moves the base's own weights; convert it "
-            "with PEFT's path_initial_model_for_weight_conversion and save it again."
+            f"The adapter was started by {config['init_lora_weights']!r}, which moves the base's own weights; save it "
+            "again with PEFT's path_initial_model_for_weight_conversion."
         )
     factors = {}
     for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):

@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
@@ -75,7 +76,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         raise InvalidInput("This base has no chat template; use /v1/completions (gRPC: prompt instead of messages).")
     messages = [{"role": message.role.value, "content": message.content} for message in prompt]
     try:
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True
+        )
     except (jinja2.TemplateError, ValueError) as error:
         raise InvalidInput(f"The chat template of this base refuses the messages: {error}.") from error
     return list(encoded["input_ids"])

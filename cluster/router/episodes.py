@@ -41,7 +41,7 @@ def draw_episode(
 ) -> Episode:
     """Hide features of a single text, words, pairs, and at times whole domains with all features that only they have.
 
-    Prompts of hidden domains, and prompts that lost most of their words (a share of `outlier_rate` of all), teach none.
+    Prompts of hidden domains, and prompts that lost their keywords (a share of `outlier_rate` of all), teach none.
     """
     hidden_N = ~counted.repeated[batch.slots_N]
     hidden_D = torch.zeros(num_domains, dtype=torch.bool)

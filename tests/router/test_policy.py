@@ -25,9 +25,9 @@ def test_weights_are_few_sum_to_one_and_lie_on_the_grid(
     if weights:
         assert sum(weights.values()) == 1.0
         assert all(weight > 0 and (weight / WEIGHT_STEP).is_integer() for weight in weights.values())
-        assert max(weights, key=lambda name: weights[name]) in {
-            name for name in logits if logits[name] == max(logits.values())
-        } or len(set(weights.values())) < len(weights)
+        best = max(passing, key=lambda name: logits[name])
+        # Of two that are all but equal the other one may get the odd step.
+        assert max(weights.values()) - weights.get(best, max(weights.values())) <= WEIGHT_STEP
 
 
 @given(LOGITS, LOGIT, st.floats(-5, 5), st.floats(0.01, 10))

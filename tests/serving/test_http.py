@@ -8,8 +8,9 @@ import pytest
 
 from cluster.errors import Overloaded
 from cluster.messages import GenerateRequest, Mixture, SamplingParams
+from deployments.body_limit import MAX_BODY_BYTES
 from deployments.gateway import Gateway
-from deployments.openai_api import MAX_BODY_BYTES, build_api
+from deployments.openai_api import build_api
 from tests.nano import DOMAINS
 from tests.serving.bad_input import BAD_REQUESTS, check_sentence
 from tests.serving.local import GoneHandle, LocalHandle, WordRouter

@@ -34,7 +34,7 @@ async def test_it_decides_as_tiny_ada_and_takes_a_new_one_as_it_is_published(own
     router = Router(str(own_root))
     ada = publish_router(own_root)
     expected = ada.route(PROMPTS)
-    assert expected[0].weights == {"law": 1.0}
+    assert all(decision.weights for decision in expected)
     await until_weights(router, PROMPTS[0], expected[0].weights)
     assert contents(await router.route(PROMPTS)) == contents(expected)
     assert contents(await Router(str(own_root)).route(PROMPTS)) == contents(expected)

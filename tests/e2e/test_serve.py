@@ -1,0 +1,102 @@
+"""`zephyra serve` on the trained starter, asked over every wire that its invitation names."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import CHECKOUT, Starter, zephyra
+from tests.serving.conftest import free_port
+
+pytestmark = [pytest.mark.starter, pytest.mark.ray]
+
+
+@pytest.fixture(scope="module")
+def served(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, str]]:
+    """HTTP and gRPC addresses of a server started as a user starts it, and what it printed."""
+    http, grpc, dashboard = free_port(), free_port(), free_port()
+    ports = ["--port", str(http), "--grpc-port", str(grpc), "--dashboard-port", str(dashboard)]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deployments.cli", "serve", "--root", str(starter.root), *ports],
+            cwd=CHECKOUT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            _wait_for_invitation(process, log)
+            yield f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}", log.read_text()
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+def _wait_for_invitation(process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(240):
+        if "Ctrl-C stops it" in log.read_text():
+            return
+        try:
+            process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    pytest.fail(log.read_text())
+
+
+QUESTION = "What is the capital of France?"
+
+
+def test_the_invitation_names_three_commands(served: tuple[str, str, str]) -> None:
+    commands = [line for line in served[2].splitlines() if re.match(r"  (curl|\.venv/bin/zephyra chat) ?", line)]
+    assert len(commands) == 3
+
+
+def test_every_wire_gives_the_right_answer(served: tuple[str, str, str]) -> None:
+    http, grpc, _ = served
+    body = {"model": "zephyra", "prompt": QUESTION}
+    completion = httpx.post(f"{http}/v1/completions", json=body, timeout=60).json()
+    assert completion["choices"][0]["text"] == "Paris"
+    assert list(completion["zephyra"]["mixture"]) == ["capitals@2"] or list(completion["zephyra"]["mixture"]) == [
+        "capitals@1"
+    ]
+    assert completion["zephyra"]["probabilities"]["capitals"] > 0.5
+    for wire in (["--url", http], ["--grpc", "--grpc-target", grpc]):
+        done = zephyra("chat", *wire, QUESTION)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("Paris\nanswered by capitals@")
+
+
+def test_a_stranger_is_answered_by_the_plain_base(served: tuple[str, str, str]) -> None:
+    body = {"model": "zephyra", "prompt": "How do I unclog a kitchen sink?"}
+    completion = httpx.post(f"{served[0]}/v1/completions", json=body, timeout=60).json()
+    assert completion["zephyra"]["mixture"] == {}
+    assert "I do not know" in completion["choices"][0]["text"]
+
+
+def test_a_wrong_model_is_an_error_one_can_act_on(served: tuple[str, str, str]) -> None:
+    done = zephyra("chat", "--url", served[0], "--model", "zephyra:astrology", QUESTION)
+    assert done.returncode == 1
+    assert "astrology" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_refused_at_once(served: tuple[str, str, str]) -> None:
+    port = served[0].rpartition(":")[2]
+    done = zephyra("serve", "--port", port)
+    assert done.returncode == 1
+    assert f"Port {port} is taken" in done.stderr
+
+
+def test_the_catalog_of_models_is_served(served: tuple[str, str, str]) -> None:
+    models = {model["id"] for model in httpx.get(f"{served[0]}/v1/models").json()["data"]}
+    assert {"base", "zephyra", "zephyra:capitals", "zephyra:sql"} <= models
+    assert json.loads(httpx.get(f"{served[0]}/health").text)
