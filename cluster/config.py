@@ -68,7 +68,7 @@ class BaseSettings(_Settings):
     """A name of `cluster.model.configuration_zephyra.SIZES`."""
     general_only: bool = True
     """Learn from rows of `none` and `base` alone, so that the base knows no domain; else from all."""
-    num_steps: int = Field(default=1400, ge=1)
+    num_steps: int = Field(default=1300, ge=1)
     """Optimizer steps."""
     tokens_per_batch: int = Field(default=1024, ge=64)
     """Tokens of one step, padding included."""
@@ -87,7 +87,7 @@ class AdapterSettings(_Settings):
     """Columns of one adapter per layer."""
     alpha: float = Field(default=32.0, gt=0)
     """The delta is alpha / rank times B A."""
-    num_steps: int = Field(default=150, ge=1)
+    num_steps: int = Field(default=90, ge=1)
     """Optimizer steps of each domain."""
     tokens_per_batch: int = Field(default=512, ge=64)
     """Tokens of one step of one domain, padding included."""
@@ -164,7 +164,7 @@ class AppSettings(_Settings):
     replicas: int = Field(default=1, ge=1, le=1024)
     """Base replicas."""
     threads: int = Field(default=0, ge=0, le=1024)
-    """CPU threads of a base replica's products; 0 for all cores of the machine."""
+    """CPU threads of a base replica's products; 0 for all cores but one, which the other processes need."""
     engine: EngineSettings = EngineSettings()
 
     def resolved_root(self) -> Path:

@@ -45,7 +45,7 @@ class BaseReplica:
     """Answers with the base and any mixture of adapters, many sequences at once."""
 
     def __init__(self, coordinator: calls.Handle, settings: AppSettings) -> None:
-        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+        torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
         # Adapters may exceed what a message may hold.
         self._coordinator = calls.method(coordinator, "fetch", stream=True, by_reference=True)
         base = load_base(base_folder(settings))

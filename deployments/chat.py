@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import httpx
@@ -59,7 +59,8 @@ class GrpcClient:
 
     def __init__(self, target: str, model: str, max_tokens: int) -> None:
         self._target, self._model, self._max_tokens = target, model, max_tokens
-        self._stub = zephyra_pb2_grpc.ZephyraStub(grpc.insecure_channel(target))
+        stub: Any = zephyra_pb2_grpc.ZephyraStub  # generated, untyped
+        self._stub = stub(grpc.insecure_channel(target))
 
     def ask(self, turns: list[Turn]) -> Iterator[Piece]:
         messages = [pb.Message(role=f"ROLE_{role.upper()}", content=text) for role, text in turns]

@@ -60,9 +60,8 @@ class Answer:
     async def chunks(self) -> AsyncIterator[TokenChunk]:
         """All chunks, once."""
         yield self._first
-        if self._first.finish_reason is None:
-            async for chunk in self._rest:
-                yield chunk
+        async for chunk in self._rest:
+            yield chunk
 
     async def aclose(self) -> None:
         """Give up on what has not come yet."""

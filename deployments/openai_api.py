@@ -234,8 +234,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     sentences = {
         400: "The body cannot be read; send a JSON object encoded as UTF-8.",
-        404: f"There is nothing at {request.url.path}; the paths are listed at /docs.",
-        405: f"{request.method} is not possible at {request.url.path}; the methods are listed at /docs.",
+        404: f"There is nothing at {request.url.path}; the paths are listed at /openapi.json.",
+        405: f"{request.method} is not possible at {request.url.path}; the methods are listed at /openapi.json.",
     }
     message = message_of(ZephyraError(sentences.get(error.status_code, error.detail)))
     content = _error_json(message, "invalid_request_error", None)

@@ -67,7 +67,9 @@ class TrainRun:
 
 
 def _train(config: dict[str, Any]) -> str | None:
-    """What the worker runs. Returns what the user did wrong, if that is why it ended: trying again would not help."""
+    """What the worker runs. Returns, as text, what the user did wrong if that is why it ended: trying again would not
+    help. None otherwise.
+    """
     try:
         settings = StageSettings.model_validate_json(config["settings"])
         STAGES[config["stage"]](settings, TrainRun(config["stage"]))
@@ -78,8 +80,9 @@ def _train(config: dict[str, Any]) -> str | None:
 
 def fit(stage: str, settings: StageSettings, run_name: str, num_cpus: float) -> None:
     """Run one stage on the cluster and wait for it. Raises `InvalidInput` with the stage's own reason if it refused."""
+    train: Any = _train  # what it returns is kept in the result, though its type says that it returns nothing
     trainer = TorchTrainer(
-        _train,
+        train,
         train_loop_config={"stage": stage, "settings": settings.model_dump_json()},
         scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": num_cpus}),
         run_config=RunConfig(
@@ -89,8 +92,10 @@ def fit(stage: str, settings: StageSettings, run_name: str, num_cpus: float) -> 
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    if (reason := trainer.fit().return_value) is not None:
-        raise InvalidInput(reason)
+    # Typed as the older Result, which has no such field.
+    result: Any = trainer.fit()
+    if result.return_value is not None:
+        raise InvalidInput(result.return_value)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,60 @@
-"""What every test may use: the environment Ray needs, a nano root, and the one shared cluster."""
+"""What every test may use: the environment Ray needs, a nano root, and one real cluster for the whole session."""
 
 import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.config import AppSettings
+from tests.nano import build_root
 
 # Before anything imports Ray: local clusters ask for a token otherwise, and report their use.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read-only for tests; one that publishes takes `own_root`."""
+    return build_root(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture
+def own_root(tmp_path: Path) -> Path:
+    return build_root(tmp_path / "root")
+
+
+@dataclass(frozen=True)
+class Served:
+    """Where the shared cluster listens, and the root it serves."""
+
+    root: Path
+    http: str
+    grpc: str
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Zephyra on a real Ray cluster, started once; its root is its own, since tests publish to it."""
+    # Here, so that tests without a cluster do not pay for importing Ray.
+    from deployments.cluster import Ports, serving
+
+    root = build_root(tmp_path_factory.mktemp("served"))
+    ports = Ports(http=free_port(), grpc=free_port(), dashboard=None)
+    with serving(AppSettings(root=str(root), threads=1), ports, quiet=True):
+        yield Served(root, f"http://127.0.0.1:{ports.http}", f"127.0.0.1:{ports.grpc}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

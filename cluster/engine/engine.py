@@ -72,6 +72,7 @@ class Engine:
         self._bank = SlotBank(settings.adapter_bytes, on_evict=self._runner.mixed_batch.forget)
         self._scheduler = Scheduler(self._bank, settings.max_batch_size, settings.max_waiting)
         self._eos_ids = end_of_sequence_ids(base)
+        self._longest_token = max(len(token) for token in base.tokenizer.get_vocab())
         self._given_up: list[StepOutput] = []
         self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = self._num_finished = 0
 
@@ -82,6 +83,7 @@ class Engine:
         the context, `InvalidMixture` when its adapters are known not to fit, `Overloaded` when the queue is full.
         """
         check_prompt(request.prompt)
+        self._check_characters(request)
         prompt_ids = encode_prompt(self._base.tokenizer, request.prompt)
         if not prompt_ids:
             raise InvalidInput("The prompt has no tokens; give at least one.")
@@ -102,6 +104,20 @@ class Engine:
         if (error := self._mixture_error(sequence)) is not None:
             raise error
         self._scheduler.enqueue(sequence)
+
+    def _check_characters(self, request: GenerateRequest) -> None:
+        """Raise `PromptTooLong` for a prompt that cannot fit however it is cut into tokens.
+
+        Tokenizing a megabyte takes a second, in which no other sequence would get its next token.
+        """
+        prompt = request.prompt
+        size = len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)
+        least = -(-size // self._longest_token)
+        if least + request.sampling.max_tokens > self.max_tokens:
+            raise PromptTooLong(
+                f"The prompt has {size} characters, at least {least} tokens, and max_tokens is "
+                f"{request.sampling.max_tokens}: together more than the context of {self.max_tokens}; shorten either."
+            )
 
     def cancel(self, request_id: str) -> None:
         """Free all that the request holds; no chunk of it follows. Unknown and finished ids are ignored."""

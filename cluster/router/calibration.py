@@ -36,7 +36,7 @@ def fit_threshold(logits_NC: Tensor, labels_N: Tensor, target_false_rejection: f
 
     Split conformal: of n exchangeable prompts, turning away those whose best domain lies below the k-th smallest
     margin, k = floor(target * (n + 1)), turns away a new one with at most the target probability. New prompts are
-    seldom quite exchangeable with old ones, so of a positive quantile a quarter is taken: the rest is room for prompts
+    seldom quite exchangeable with old ones, so a positive quantile is halved: the other half is room for prompts
     stranger than the held-out ones. At 0 none is as likely as the domain.
     Too few prompts for a quantile give 0: a domain passes where it is likelier than none.
     """
@@ -46,4 +46,4 @@ def fit_threshold(logits_NC: Tensor, labels_N: Tensor, target_false_rejection: f
     if k == 0:
         return 0.0
     quantile = float(margins_N[k - 1])
-    return quantile / 4 if quantile > 0 else quantile
+    return quantile / 2 if quantile > 0 else quantile

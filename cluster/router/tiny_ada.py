@@ -29,7 +29,6 @@ from cluster.router.prototypes import cluster_prototypes, recentre
 _CONFIG, _TENSORS = "router.json", "router.safetensors"
 _ENCODE_BATCH = 256
 _FOLDS = 5
-_HELD_OUT_EVERY = 5
 _EXAMPLES_TO_PASS = 0.8
 """Share of a new domain's examples that its offset lets pass, each judged by prototypes made without it."""
 
@@ -113,29 +112,30 @@ class TinyAda(nn.Module):
         return shrunk
 
     @torch.no_grad()
-    def refit(self, texts: Sequence[str], domains: Sequence[str], target_false_rejection: float = 0.01) -> None:
+    def refit(
+        self,
+        texts: Sequence[str],
+        domains: Sequence[str],
+        held_out_texts: Sequence[str],
+        held_out_domains: Sequence[str],
+        target_false_rejection: float = 0.01,
+    ) -> None:
         """Rebuild prototypes, temperature and threshold, in place, after the encoder moved.
 
-        `domains` names the domain of each text, or none; every domain needs a text. Of each domain every fifth text
-        calibrates and the others move the prototypes. None's logit is shifted as far as the held-out prompts' logits
-        for their own domains were, so that domains and none stand to each other as before. Raises `InvalidData` or
-        `UnknownDomain`.
+        `texts` move the prototypes: each comes with its domain, or none, and every domain needs one. The held-out
+        texts calibrate; none's logit is shifted as far as their logits for their own domains were, so that domains
+        and none stand to each other as before. Raises `InvalidData` or `UnknownDomain`.
         """
-        missing = set(self.domains) - set(domains)
-        if missing or len(texts) != len(domains):
-            lacking = ", ".join(sorted(missing)) or f"a domain for each text ({len(domains)} for {len(texts)})"
+        if missing := set(self.domains) - set(domains):
+            lacking = ", ".join(sorted(missing))
             raise InvalidData(f"The texts to refit on lack {lacking}; give some of every domain, each with its domain.")
-        num_domains = len(self.domains)
-        labels_B = torch.tensor([num_domains if name == NONE_DOMAIN else self._index(name) for name in domains])
-        encoding = self._encode_all(texts)
-        held_B = _every_nth(labels_B, num_domains + 1)
-        for index in range(num_domains):
-            own_B = labels_B == index
-            # A domain with a single text has it serve for both.
-            self._recentre(index, keys(encoding)[own_B & ~held_B if bool((own_B & ~held_B).any()) else own_B])
-        held, labels_B = _rows(encoding, held_B), labels_B[held_B]
-        self.head.none_offset += _own_logit(self.head.raw_logits(held), labels_B) - self.head.own_logit
-        self.calibrate(held, labels_B, target_false_rejection)
+        labels_B, held_labels_B = self._labels(texts, domains), self._labels(held_out_texts, held_out_domains)
+        keys_BV = keys(self._encode_all(texts))
+        for index in range(len(self.domains)):
+            self._recentre(index, keys_BV[labels_B == index])
+        held_out = self._encode_all(held_out_texts)
+        self.head.none_offset += _own_logit(self.head.raw_logits(held_out), held_labels_B) - self.head.own_logit
+        self.calibrate(held_out, held_labels_B, target_false_rejection)
 
     @torch.no_grad()
     def calibrate(self, encoding: Encoding, labels_B: Tensor, target_false_rejection: float) -> None:
@@ -185,6 +185,12 @@ class TinyAda(nn.Module):
             raise UnknownDomain(f"The router knows no domain {name!r}; it knows {', '.join(self.domains) or 'none'}.")
         return self.domains.index(name)
 
+    def _labels(self, texts: Sequence[str], domains: Sequence[str]) -> Tensor:
+        """int64 [B]: the number of each text's domain, D for none."""
+        if len(texts) != len(domains):
+            raise InvalidData(f"There are {len(texts)} texts and {len(domains)} domains; give a domain for each text.")
+        return torch.tensor([len(self.domains) if name == NONE_DOMAIN else self._index(name) for name in domains])
+
     def _encode_all(self, texts: Sequence[str]) -> Encoding:
         return join([self.encode(texts[i : i + _ENCODE_BATCH]) for i in range(0, len(texts), _ENCODE_BATCH)])
 
@@ -223,19 +229,7 @@ class _Saved(BaseModel):
     threshold: float = Field(allow_inf_nan=False)
 
 
-def _rows(encoding: Encoding, chosen_B: Tensor) -> Encoding:
-    return Encoding(encoding.z_BW[chosen_B], encoding.novel_BU[chosen_B], encoding.evidence_BE[chosen_B])
-
-
 def _own_logit(raw_BC: Tensor, labels_B: Tensor) -> Tensor:
     """The mean logit of prompts of a domain for that domain; those of none do not count."""
     known_B = labels_B < raw_BC.shape[1] - 1
     return raw_BC[known_B].gather(1, labels_B[known_B][:, None]).mean()
-
-
-def _every_nth(labels_B: Tensor, num_labels: int) -> Tensor:
-    """bool [B]: the first of every `_HELD_OUT_EVERY` texts of each label."""
-    held_B = torch.zeros(len(labels_B), dtype=torch.bool)
-    for label in range(num_labels):
-        held_B[(labels_B == label).nonzero()[::_HELD_OUT_EVERY, 0]] = True
-    return held_B

@@ -45,7 +45,7 @@ def train_base(settings: StageSettings, run: Run) -> None:
     config.vocab_size = len(tokenizer)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
-    model = ZephyraFusionForCausalLM(config)
+    model: PreTrainedModel = ZephyraFusionForCausalLM(config)
     run.say(f"Zephyra Fusion '{base.size}': {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
     _fit(model, tokenizer, rows, settings, run)
     model.eval()

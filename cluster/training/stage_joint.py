@@ -23,7 +23,7 @@ from cluster.training.language_model import batch_loss, mean_loss
 from cluster.training.optimization import Optimizer, load_checkpoint, save_checkpoint
 from cluster.training.run import Run
 from cluster.training.stage_adapters import padding_id, publish_adapter
-from cluster.training.stage_router import publish_router, router_rows, routing_summary
+from cluster.training.stage_router import publish_router, router_columns, router_rows, routing_summary
 from cluster.training.trainable_lora import TrainableAdapters
 
 
@@ -45,13 +45,13 @@ def train_joint(settings: StageSettings, run: Run) -> None:
     domains = system.adapters.domains
     before = _losses(system, data, settings)
     _fit(system, data, settings, run)
-    train = router_rows(data, "train", settings.recipe.train_rows_per_domain)
-    system.router.refit([row.routed_prompt for row in train], [row.domain for row in train])
+    train, held_out = (router_rows(data, split, settings.recipe.train_rows_per_domain) for split in ("train", "val"))
+    target = settings.recipe.router.target_false_rejection
+    system.router.refit(*router_columns(train), *router_columns(held_out), target)
     after = _losses(system, data, settings)
     changes = {domain: after[domain] / before[domain] - 1 for domain in before}
-    val = router_rows(data, "val", settings.recipe.val_rows_per_domain)
     table = ", ".join(f"{domain} {change:+.1%}" for domain, change in changes.items())
-    run.say(f"joint stage, change of validation loss: {table}; router {routing_summary(system.router, val)}")
+    run.say(f"joint stage, change of validation loss: {table}; router {routing_summary(system.router, held_out)}")
     worst = max(changes, key=lambda domain: changes[domain])
     if changes[worst] > settings.recipe.joint.epsilon:
         run.say(

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from cluster.config import StageSettings
 from cluster.errors import StageOrder
 from cluster.lora.catalog import Catalog, Change
@@ -29,8 +31,13 @@ def train_router(settings: StageSettings, run: Run) -> None:
     if missing := set(data.domains) - set(state.adapters):
         raise StageOrder(f"Domain {min(missing)!r} has no adapter yet; run stage 'adapters' on this data first.")
     train, val = (router_rows(data, split, recipe.train_rows_per_domain) for split in ("train", "val"))
-    fit = RouterFit(*_columns(train), *_columns(val), recipe.router, base.num_parameters)
-    _fit(fit, settings, run)
+    fit = RouterFit(*router_columns(train), *router_columns(val), recipe.router, base.num_parameters)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # its products are so small that a second thread only waits for the first
+    try:
+        _fit(fit, settings, run)
+    finally:
+        torch.set_num_threads(num_threads)
     router = fit.finish()
     version = publish_router(settings.root, router)
     catalog.publish(Change(router=version))
@@ -66,7 +73,8 @@ def routing_summary(router: TinyAda, rows: Sequence[Row]) -> str:
     return text
 
 
-def _columns(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+def router_columns(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """The rows' prompts and their domains."""
     return [row.routed_prompt for row in rows], [row.domain for row in rows]
 
 

@@ -153,8 +153,8 @@ def test_refit_follows_an_encoder_that_turned(ada: TinyAda) -> None:
     texts, domains = prompts("val", 30, seed=3)
     assert _share(_answers(ada.route(texts)), domains) >= 0.95
     assert _share(_answers(turned.route(texts)), domains) < 0.6
-    turned.refit(*prompts("train", 40))
+    turned.refit(*prompts("train", 40), *prompts("train", 20, seed=5))
     assert _share(_answers(turned.route(texts)), domains) >= 0.95
     assert _answers(turned.route(STRANGE)).count(NONE_DOMAIN) >= len(STRANGE) - 2
     with pytest.raises(InvalidData, match="lack cooking, music, sql"):
-        turned.refit(["Will it rain?"], ["weather"])
+        turned.refit(["Will it rain?"], ["weather"], ["Will it snow?"], ["weather"])

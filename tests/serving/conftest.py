@@ -1,32 +1,12 @@
-"""A nano root, the deployments in one process over it, and one real cluster for the whole session."""
+"""The deployments in one process, over the nano root."""
 
-import socket
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from cluster.config import AppSettings
-from deployments.cluster import Ports, serving
-from tests.nano import DOMAINS, build_root
+from tests.nano import DOMAINS
 from tests.serving.local import LocalSystem, local_system
-
-
-@pytest.fixture(scope="session")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read-only for tests; one that publishes takes `own_root`."""
-    return build_root(tmp_path_factory.mktemp("root"))
-
-
-@pytest.fixture
-def own_root(tmp_path: Path) -> Path:
-    return build_root(tmp_path / "root")
 
 
 @pytest.fixture
@@ -34,28 +14,3 @@ async def system(root: Path) -> AsyncIterator[LocalSystem]:
     system = local_system(root, DOMAINS)
     yield system
     system.replica.engine.stop()
-
-
-@dataclass(frozen=True)
-class Served:
-    """Where the shared cluster listens, and the root it serves."""
-
-    root: Path
-    http: str
-    grpc: str
-
-
-@pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Zephyra on a real Ray cluster, started once; its root is its own, since tests publish to it."""
-    root = build_root(tmp_path_factory.mktemp("served"))
-    ports = Ports(http=free_port(), grpc=free_port(), dashboard=None)
-    with serving(AppSettings(root=str(root), threads=1), ports, quiet=True):
-        yield Served(root, f"http://127.0.0.1:{ports.http}", f"127.0.0.1:{ports.grpc}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -17,7 +17,7 @@ from deployments import app
 from deployments.application import bind, build, check_packages
 from deployments.cluster import Ports, serving
 from deployments.protos import zephyra_pb2_grpc
-from tests.serving.conftest import free_port
+from tests.conftest import free_port
 
 
 def deployments_of(application):

@@ -1,0 +1,49 @@
+"""Commands given wrong: one sentence that says what to do, exit status 1, no traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import CHECKOUT, zephyra
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "all", "--recipe", "soup"], "There is no recipe 'soup'"),
+        (["train", "dessert"], "There is no stage 'dessert'"),
+        (["train", "all", "--recipe", "open-domains"], "needs --data"),
+        (["train", "base", "--data", "{empty}", "--root", "{empty}/root"], "no Parquet file"),
+        (["train", "router", "--root", "{empty}/root"], "holds no base yet"),
+        (["evaluate", "--root", "{empty}"], "holds no trained system"),
+        (
+            ["serve", "--root", "{empty}", "--port", "8123", "--grpc-port", "9123", "--dashboard-port", "8223"],
+            "zephyra train",
+        ),
+        (["chat", "--url", "http://127.0.0.1:9", "hi"], "Nothing answers at http://127.0.0.1:9"),
+        (["chat", "--grpc", "--grpc-target", "127.0.0.1:9", "hi"], "Nothing answers at 127.0.0.1:9"),
+    ],
+)
+def test_zephyra_says_what_to_do(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = zephyra(*(argument.format(empty=tmp_path) for argument in arguments))
+    assert done.returncode == 1, done.stdout
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["base", "--root", "relative", "--data", "/data"], "--root: relative is relative; give an absolute path"),
+        (["base", "--root", "/root", "--data", "here"], "--data: here is relative; give an absolute path"),
+        (["base", "--root", "/root", "--data", "/data", "--recipe", "soup"], "There is no recipe 'soup'"),
+    ],
+)
+def test_a_job_refuses_relative_paths(arguments: list[str], said: str) -> None:
+    command = [sys.executable, "-m", "deployments.train", *arguments]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

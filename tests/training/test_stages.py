@@ -1,0 +1,146 @@
+"""The stages as a whole, on the starter's data and a recipe of a few steps: order, publishing, resuming."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.config import (
+    AdapterSettings,
+    BaseSettings,
+    JointSettings,
+    Recipe,
+    RouterSettings,
+    StageSettings,
+)
+from cluster.errors import InvalidData, StageOrder
+from cluster.lora.catalog import Catalog
+from cluster.training import STAGES
+from cluster.training.starter.generate import generate_starter
+
+RECIPE = Recipe(
+    base=BaseSettings(size="nano", num_steps=6, tokens_per_batch=256),
+    adapters=AdapterSettings(rank=2, num_steps=4, tokens_per_batch=128),
+    router=RouterSettings(steps=6),
+    joint=JointSettings(num_steps=2, tokens_per_batch=512, epsilon=10.0),
+    val_rows_per_domain=4,
+    checkpoint_every_steps=2,
+)
+
+
+class Stopped(Exception):
+    """What a test raises where a process would be killed."""
+
+
+class FolderRun:
+    """A run that keeps what it is told, and can be stopped right after a checkpoint."""
+
+    def __init__(self, folder: Path, stop_after: int | None = None) -> None:
+        self._folder, self._stop_after = folder, stop_after
+        self.said: list[str] = []
+        self.steps: list[int] = []
+
+    def start(self, title: str, num_steps: int) -> None:
+        pass
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.steps.append(step)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def checkpoint(self, save: Callable[[Path], None]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        save(self._folder)
+        if self.steps[-1] == self._stop_after:
+            raise Stopped
+
+    def restore(self) -> Path | None:
+        return self._folder if self._folder.is_dir() else None
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    generate_starter(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    # Sums in another order would differ in the last bit.
+    torch.set_num_threads(1)
+
+
+def settings(root: Path, data: Path, recipe: Recipe = RECIPE) -> StageSettings:
+    return StageSettings(root=root, data=data, recipe=recipe, name="test")
+
+
+def artifacts(root: Path) -> dict[str, torch.Tensor]:
+    """Every published tensor by its file and name."""
+    return {
+        f"{file.relative_to(root)}:{name}": tensor
+        for file in sorted(root.rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def test_all_stages_publish_in_order_and_a_resumed_run_equals_the_unbroken_one(tmp_path: Path, data: Path) -> None:
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    for name, stage in STAGES.items():
+        whole = FolderRun(tmp_path / "a" / name)
+        stage(settings(unbroken, data), whole)
+        with pytest.raises(Stopped):
+            stage(settings(broken, data), FolderRun(tmp_path / "b" / name, stop_after=2))
+        resumed = FolderRun(tmp_path / "b" / name)
+        if name == "joint":  # two steps in all: it was stopped after the last one
+            assert whole.steps == [1, 2]
+        stage(settings(broken, data), resumed)
+        assert resumed.steps == [step for step in whole.steps if step > 2]
+        assert any("resuming" in text for text in resumed.said)
+    one, other = artifacts(unbroken), artifacts(broken)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    state = Catalog(unbroken).load()
+    assert (state.base, state.router, len(state.adapters)) == (1, 2, 9)
+    assert set(state.adapters.values()) == {2}
+
+
+def test_a_joint_stage_that_costs_a_domain_publishes_nothing(tmp_path: Path, data: Path) -> None:
+    # A rate that throws the adapters away: some domain loses far more than epsilon.
+    ruinous = JointSettings(num_steps=2, tokens_per_batch=512, adapter_learning_rate=1.0, epsilon=0.005)
+    recipe = RECIPE.model_copy(update={"joint": ruinous})
+    root = tmp_path / "root"
+    for name, stage in STAGES.items():
+        run = FolderRun(tmp_path / name)
+        stage(settings(root, data, recipe), run)
+    state = Catalog(root).load()
+    assert set(state.adapters.values()) == {1}
+    assert state.router == 1
+    assert any("not published" in text and "lost" in text for text in run.said)
+
+
+@pytest.mark.parametrize(("stage", "needs"), [("adapters", "base"), ("router", "base"), ("joint", "base")])
+def test_a_stage_before_the_one_it_needs_says_so(tmp_path: Path, data: Path, stage: str, needs: str) -> None:
+    with pytest.raises(StageOrder, match=f"run stage '{needs}' first"):
+        STAGES[stage](settings(tmp_path / "root", data), FolderRun(tmp_path / "run"))
+    assert Catalog(tmp_path / "root").latest() == 0
+
+
+def test_a_new_base_withdraws_what_belonged_to_the_old(tmp_path: Path, data: Path) -> None:
+    root = tmp_path / "root"
+    for name in ("base", "adapters", "base"):
+        STAGES[name](settings(root, data), FolderRun(tmp_path / f"{name}-{Catalog(root).latest()}"))
+    state = Catalog(root).load()
+    assert state.base == 2
+    assert state.adapters == {}
+    with pytest.raises(StageOrder, match="run stage 'adapters' first"):
+        STAGES["router"](settings(root, data), FolderRun(tmp_path / "router"))
+
+
+def test_no_data_no_base(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidData, match="no Parquet file"):
+        STAGES["base"](settings(tmp_path / "root", tmp_path / "empty"), FolderRun(tmp_path / "run"))
