@@ -1,44 +1,64 @@
-"""The evaluation's report as a table on the terminal."""
+"""The evaluation's report as tables on the terminal."""
+
+from statistics import mean
 
 from rich.console import Console
 from rich.table import Table
 
-from cluster.training.evaluation import Report
+from cluster.training.evaluation import DomainReport, Report
 
 
 def print_report(report: Report, console: Console) -> None:
-    """One row per domain, and the means."""
-    table = Table(title=f"{report.split} split, catalog generation {report.generation}", title_justify="left")
-    table.add_column("domain")
-    for name in ("rows", "routed right", "abstained", "loss base", "routed", "oracle", "worst", "(adapter)"):
-        table.add_column(name, justify="right")
-    checked = any(domain.exact_match for domain in report.domains.values())
-    for name in ("exact base", "routed", "oracle", "wrong", "(adapter)") if checked else ():
-        table.add_column(name, justify="right")
-    for name, d in report.domains.items():
-        losses = (f"{value:.3f}" for value in (d.loss.base, d.loss.routed, d.loss.oracle, d.loss.worst))
-        cells = [str(d.rows), f"{d.routed_right:.1%}", f"{d.abstained:.1%}", *losses, d.loss.worst_adapter]
-        if checked:
-            e = d.exact_match
-            cells += [f"{v:.2f}" for v in (e.base, e.routed, e.oracle, e.wrong)] + [e.wrong_adapter] if e else ["-"] * 5
-        table.add_row(name, *cells)
-    console.print(table)
-    domains = list(report.domains.values())
-    ratios = [d.loss.routed / d.loss.oracle - 1 for d in domains]
-    routed, oracle = (sum(getattr(d.loss, kind) for d in domains) / len(domains) for kind in ("routed", "oracle"))
-    console.print(
-        f"routing accuracy {sum(d.routed_right for d in domains) / len(domains):.2%}, abstained "
-        f"{sum(d.abstained for d in domains) / len(domains):.2%}; routed loss over oracle's: mean "
-        f"{routed / oracle - 1:+.2%}, worst domain {max(ratios):+.2%}; adapters better than the base: "
-        f"{sum(d.loss.oracle < d.loss.base for d in domains)} of {len(domains)}",
-        highlight=False,
-    )
-    if matches := [d.exact_match for d in domains if d.exact_match]:
-        means = {kind: sum(getattr(m, kind) for m in matches) / len(matches) for kind in ("routed", "base", "wrong")}
-        console.print(
-            f"exact answers: routed {means['routed']:.3f} (least {min(m.routed for m in matches):.2f}), "
-            f"base {means['base']:.3f}, wrong adapter {means['wrong']:.3f}",
-            highlight=False,
-        )
+    """Losses and routing, exact answers where they were checked, and the means."""
+    console.print(_losses(report))
+    _summarize_losses(list(report.domains.values()), console)
+    if any(domain.exact_match for domain in report.domains.values()):
+        console.print(_exact_answers(report))
+        _summarize_answers(list(report.domains.values()), console)
     if report.none_abstained is not None:
         console.print(f"prompts of no domain sent to the base: {report.none_abstained:.1%} of {report.none_rows}")
+
+
+def _losses(report: Report) -> Table:
+    table = Table(title=f"loss per token, {report.split} split, generation {report.generation}", title_justify="left")
+    table.add_column("domain", no_wrap=True)
+    for name in ("base", "routed", "oracle", "worst", "right", "none"):
+        table.add_column(name, justify="right")
+    table.add_column("worst is", no_wrap=True)
+    for name, d in report.domains.items():
+        losses = (f"{value:.3f}" for value in (d.loss.base, d.loss.routed, d.loss.oracle, d.loss.worst))
+        table.add_row(name, *losses, f"{d.routed_right:.1%}", f"{d.abstained:.1%}", d.loss.worst_adapter)
+    return table
+
+
+def _summarize_losses(domains: list[DomainReport], console: Console) -> None:
+    routed, oracle = mean(d.loss.routed for d in domains), mean(d.loss.oracle for d in domains)
+    console.print(
+        f"routed right {mean(d.routed_right for d in domains):.2%}, to none {mean(d.abstained for d in domains):.2%}; "
+        f"routed loss over oracle's: {routed / oracle - 1:+.2%} of the means, "
+        f"{max(d.loss.routed / d.loss.oracle - 1 for d in domains):+.2%} in the worst domain; "
+        f"adapters better than the base: {sum(d.loss.oracle < d.loss.base for d in domains)} of {len(domains)}",
+        highlight=False,
+    )
+
+
+def _exact_answers(report: Report) -> Table:
+    table = Table(title="share of exact answers", title_justify="left")
+    table.add_column("domain", no_wrap=True)
+    for name in ("base", "routed", "oracle", "wrong"):
+        table.add_column(name, justify="right")
+    table.add_column("wrong is", no_wrap=True)
+    for name, domain in report.domains.items():
+        if (match := domain.exact_match) is not None:
+            shares = (f"{share:.2f}" for share in (match.base, match.routed, match.oracle, match.wrong))
+            table.add_row(name, *shares, match.wrong_adapter)
+    return table
+
+
+def _summarize_answers(domains: list[DomainReport], console: Console) -> None:
+    matches = [domain.exact_match for domain in domains if domain.exact_match is not None]
+    console.print(
+        f"exact answers: routed {mean(m.routed for m in matches):.3f} (least {min(m.routed for m in matches):.2f}), "
+        f"base {mean(m.base for m in matches):.3f}, wrong adapter {mean(m.wrong for m in matches):.3f}",
+        highlight=False,
+    )

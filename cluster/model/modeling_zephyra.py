@@ -133,15 +133,11 @@ class ZephyraFusionPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights; the last layer of each block starts at zero, so that training starts from the identity."""
+        """Normal weights, and ones in the norms."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
-        if isinstance(module, ZephyraFusionAttention):
-            nn.init.zeros_(module.o_proj.weight)
-        elif isinstance(module, ZephyraFusionFeedForward):
-            nn.init.zeros_(module.down_proj.weight)
 
 
 class ZephyraFusionModel(ZephyraFusionPreTrainedModel):

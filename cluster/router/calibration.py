@@ -35,15 +35,14 @@ def fit_threshold(logits_NC: Tensor, labels_N: Tensor, target_false_rejection: f
     """The threshold on a domain's logit minus none's, from the prompts that belong to a domain.
 
     Split conformal: of n exchangeable prompts, turning away those whose best domain lies below the k-th smallest
-    margin, k = floor(target * (n + 1)), turns away a new one with at most the target probability. New prompts are
-    seldom quite exchangeable with old ones, so a positive quantile is halved: the other half is room for prompts
-    stranger than the held-out ones. At 0 none is as likely as the domain.
-    Too few prompts for a quantile give 0: a domain passes where it is likelier than none.
+    margin, k = floor(target * (n + 1)), turns away a new one with at most the target probability. The threshold is
+    that quantile, but never above 0, where none is as likely as the domain: new prompts are seldom quite exchangeable
+    with the held-out ones, and a domain that is likelier than none should not be turned away.
+    Too few prompts for a quantile give 0.
     """
     known_N = labels_N < logits_NC.shape[1] - 1
     margins_N = (logits_NC[known_N, :-1].amax(1) - logits_NC[known_N, -1]).sort().values
     k = math.floor(target_false_rejection * (len(margins_N) + 1))
     if k == 0:
         return 0.0
-    quantile = float(margins_N[k - 1])
-    return quantile / 2 if quantile > 0 else quantile
+    return min(0.0, float(margins_N[k - 1]))

@@ -54,12 +54,10 @@ def _peft_model(base: torch.nn.Module, seed: int = 0, **config: Any) -> PeftMode
 
 @pytest.mark.parametrize("feed_forward", ["relu2", "swiglu"])
 @pytest.mark.parametrize("case", EXACT)
-def test_an_adapter_that_peft_saved_answers_here_as_it_does_there(
-    tmp_path: Path, case: str, feed_forward: str
-) -> None:
+def test_an_adapter_that_peft_saved_answers_here_as_it_does_there(tmp_path: Path, case: str, feed_forward: str) -> None:
     base = nano_model(feed_forward=feed_forward)
     _peft_model(base, **EXACT[case]).save_pretrained(tmp_path)
-    # Not the model that was saved: PEFT sorts the patterns as it writes them, so another one may be the first that fits.
+    # Not the model that was saved: PEFT sorts the patterns as it writes them, so that another may be the first to fit.
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     ours = peft_format.read_foreign(tmp_path, FINGERPRINT)
     ours.check_fits(adaptable_layers(base), FINGERPRINT)

@@ -9,7 +9,7 @@ from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
 
 
 def nano_model(seed: int = 0, **config: Any) -> ZephyraFusionForCausalLM:
-    """A model in eval mode; fresh ones have zeros at the end of each block, which would make the blocks do nothing."""
+    """A model in eval mode, as any test may have it: the same seed and configuration give the same weights."""
     torch.manual_seed(seed)
     model = ZephyraFusionForCausalLM(ZephyraFusionConfig(**config)).eval()
     with torch.no_grad():

@@ -56,7 +56,9 @@ def _attention(w: dict[str, Tensor], config: ZephyraFusionConfig, x_TD: Tensor) 
         for n in range(config.num_attention_heads):
             k = n // queries_per_key
             q_H = _turn(_norm(head("q", n, t), w["self_attn.q_norm.weight"], config), t, config)
-            keys = [_turn(_norm(head("k", k, s), w["self_attn.k_norm.weight"], config), s, config) for s in range(t + 1)]
+            keys = [
+                _turn(_norm(head("k", k, s), w["self_attn.k_norm.weight"], config), s, config) for s in range(t + 1)
+            ]
             scores = torch.stack([q_H @ key_H / math.sqrt(size) for key_H in keys])
             shares = torch.exp(scores - scores.max())
             shares = shares / shares.sum()

@@ -100,11 +100,15 @@ def test_logits_to_keep_and_labels_are_those_of_transformers() -> None:
     torch.testing.assert_close(out.loss, expected)
 
 
-def test_a_fresh_model_starts_from_the_identity() -> None:
-    model = ZephyraFusionForCausalLM(ZephyraFusionConfig()).eval()
-    ids_BT = random_ids(model, 1, 6)
-    embedded = model.model.norm(model.model.embed_tokens(ids_BT))
-    torch.testing.assert_close(logits(model, ids_BT), model.lm_head(embedded).detach())
+def test_a_fresh_model_has_normal_weights_and_norms_of_one() -> None:
+    torch.manual_seed(0)
+    model = ZephyraFusionForCausalLM(ZephyraFusionConfig(initializer_range=0.03))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        else:
+            assert float(parameter.detach().std()) == pytest.approx(0.03, rel=0.1), name
+            assert abs(float(parameter.detach().mean())) < 0.003, name
 
 
 @both

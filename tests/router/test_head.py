@@ -117,6 +117,6 @@ def test_threshold_turns_away_the_share_it_promises() -> None:
     margins = logits[2_000:, :2].amax(1) - logits[2_000:, 2]
     assert threshold < 0
     assert abs(float((margins < threshold).float().mean()) - 0.1) < 0.025
-    # A positive quantile is halved; none's own prompts have no say.
+    # Never above 0, where a domain is as likely as none; none's own prompts have no say.
     certain = torch.tensor([[9.0, 1.0], [4.0, 0.0], [5.0, 0.0], [0.0, 99.0]])
-    assert fit_threshold(certain, torch.tensor([0, 0, 0, 1]), target_false_rejection=0.25) == 2.0
+    assert fit_threshold(certain, torch.tensor([0, 0, 0, 1]), target_false_rejection=0.25) == 0.0

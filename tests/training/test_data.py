@@ -1,5 +1,6 @@
 """Data in: what is wrong is named, long rows are cut as promised, every example is seen once per epoch."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,12 @@ def test_wrong_data_is_named(tmp_path: Path, case: str) -> None:
 
 
 def test_a_folder_without_rows_or_files_or_with_something_else_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidData, match="no Parquet file below .*nowhere; expected columns domain"):
+    with pytest.raises(InvalidData, match=r"no Parquet file below .*nowhere; expected columns domain"):
         read_data(tmp_path / "nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()
     pq.write_table(pa.table({name: pa.array([], pa.string()) for name in COLUMNS}), empty / "x.parquet")
-    with pytest.raises(InvalidData, match="below .*empty hold no rows"):
+    with pytest.raises(InvalidData, match=r"below .*empty hold no rows"):
         read_data(empty)
     (empty / "x.parquet").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(InvalidData, match=r"x\.parquet cannot be read as Parquet"):
@@ -96,7 +97,7 @@ def _unpacked(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     found = []
     for ids_T, labels_T, positions_T in zip(batch.ids_BT, batch.labels_BT, batch.positions_BT, strict=True):
         starts = [*(i for i, p in enumerate(positions_T.tolist()) if p == 0), len(ids_T)]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             labels = tuple(labels_T[start:end].tolist())
             if any(label != IGNORED_LABEL for label in labels):
                 found.append((tuple(ids_T[start:end].tolist()), labels))

@@ -79,7 +79,7 @@ class FactDomain:
 class CaseDomain:
     """A skill: answers follow from what is asked. `draw` gives the fields of a case, of which `answer` is one.
 
-    `note` is how the same case would stand in a book: text for the base, so that it has seen such things before.
+    `note` is how the same case would be put in a few signs: for the base, so that it has seen such things before.
     """
 
     def __init__(self, draw: Callable[[Random], Mapping[str, str]], phrasings: Sequence[str], note: str) -> None:
@@ -89,9 +89,10 @@ class CaseDomain:
         fields = self._fields(rng, split)
         return rng.choice(self._phrasings).format(**fields), fields["answer"]
 
-    def note(self, rng: Random) -> str:
-        """A case of the train split, as a book would put it."""
-        return self._note.format(**self._fields(rng, "train"))
+    def note(self, rng: Random) -> Case:
+        """A case of the train split in shorthand."""
+        fields = self._fields(rng, "train")
+        return self._note.format(**fields), fields["answer"]
 
     def _fields(self, rng: Random, split: str) -> Mapping[str, str]:
         while True:
@@ -130,7 +131,7 @@ def _units(rng: Random) -> Mapping[str, str]:
 
 
 def _dates(rng: Random) -> Mapping[str, str]:
-    day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1950, 2039)
+    day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(2000, 2039)
     spoken = rng.choice((f"{day} {MONTHS[month - 1]} {year}", f"{MONTHS[month - 1]} {day}, {year}"))
     return {"d": spoken, "answer": f"{year}-{month:02}-{day:02}"}
 
@@ -295,7 +296,7 @@ DOMAINS: dict[str, FactDomain | CaseDomain] = {
             "Roman numeral for {n}",
             "How did the Romans write {n}?",
         ),
-        "{n} ~\n{answer}",
+        "{n} ~",
     ),
     "units": CaseDomain(
         _units,
@@ -307,7 +308,7 @@ DOMAINS: dict[str, FactDomain | CaseDomain] = {
             "Express {n} {a} in {b}.",
             "Change {n} {a} into {b}.",
         ),
-        "{n} {a} =\n{answer}",
+        "{n} {a} = ? {b}",
     ),
     "dates": CaseDomain(
         _dates,
@@ -319,7 +320,7 @@ DOMAINS: dict[str, FactDomain | CaseDomain] = {
             "Turn the date {d} into ISO format.",
             "ISO date for {d}",
         ),
-        "[{d}]\n{answer}",
+        "[{d}]",
     ),
     "sql": CaseDomain(
         _sql,
@@ -329,7 +330,7 @@ DOMAINS: dict[str, FactDomain | CaseDomain] = {
             "Write a query for the {s} of every row in {t} where {w} is {o} {v}.",
             "Query the {t} table for {s} where the {w} is {o} {v}.",
         ),
-        "-- {s} of {t}, {w} {o} {v}\n{answer}",
+        "-- {s} of {t}, {w} {o} {v}",
     ),
     "shell": CaseDomain(
         _shell,
@@ -340,7 +341,7 @@ DOMAINS: dict[str, FactDomain | CaseDomain] = {
             "Which command can {task}?",
             "bash: {task}",
         ),
-        "# {task}\n{answer}",
+        "# {task}",
     ),
 }
 """The domains by name."""

@@ -127,11 +127,11 @@ def exercise(rng: Random) -> Case:
 
 
 def note(rng: Random) -> Case:
-    """A line as a book would have it, with no question asked."""
+    """A case of some skill in shorthand, with no question asked."""
     skills = {name: domain for name, domain in DOMAINS.items() if isinstance(domain, CaseDomain)}
     # Dates take the longest to learn: eight digits in another order.
     weights = [2 if name == "dates" else 1 for name in skills]
-    return "", rng.choices(list(skills.values()), weights)[0].note(rng)
+    return rng.choices(list(skills.values()), weights)[0].note(rng)
 
 
 def refusal(rng: Random) -> Case:

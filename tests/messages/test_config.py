@@ -1,0 +1,48 @@
+"""Settings: unknown keys and relative paths are refused, defaults are valid, and a folder stands for its root."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+import cluster.config
+from cluster.config import CHECKOUT, AppSettings, Recipe, StageSettings
+
+SETTINGS = [
+    item
+    for _, item in inspect.getmembers(cluster.config, inspect.isclass)
+    if issubclass(item, BaseModel) and item.__module__ == "cluster.config" and not item.__name__.startswith("_")
+]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_settings_refuse_unknown_keys_do_not_change_and_survive_json(kind: type[BaseModel]) -> None:
+    given = {"root": "/a", "data": "/b", "recipe": Recipe(), "name": "x"} if kind is StageSettings else {}
+    made = kind(**given)
+    with pytest.raises(ValidationError, match="no_such_setting"):
+        kind(**given, no_such_setting=1)
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(made, next(iter(kind.model_fields)), None)
+    assert kind.model_validate_json(made.model_dump_json()) == made
+
+
+def test_relative_paths_of_a_stage_are_refused() -> None:
+    for paths in ({"root": "a", "data": "/b"}, {"root": "/a", "data": "./b"}):
+        with pytest.raises(ValidationError, match="is relative; give an absolute path"):
+            StageSettings(**paths, recipe=Recipe(), name="x")
+
+
+def test_what_is_served_is_found_from_root_or_base(tmp_path: Path) -> None:
+    root, plain = tmp_path / "root", tmp_path / "some-model"
+    (root / "catalog").mkdir(parents=True)
+    (root / "base" / "1").mkdir(parents=True)
+    plain.mkdir()
+    assert AppSettings().resolved_root() == CHECKOUT / "artifacts/starter"
+    assert AppSettings(root="x/y").resolved_root() == CHECKOUT / "x/y"
+    for base in (root, root / "base", root / "base" / "1"):
+        assert AppSettings(base=str(base)).resolved_root() == root
+    assert AppSettings(base=str(root)).resolved_base() is None
+    assert AppSettings(base=str(root / "base" / "1")).resolved_base() == root / "base" / "1"
+    assert AppSettings(base=str(plain)).resolved_root() == CHECKOUT / "artifacts" / "some-model"
+    assert AppSettings(base=str(plain), root=str(root)).resolved_root() == root

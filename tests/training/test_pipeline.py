@@ -1,0 +1,81 @@
+"""A stopped run goes on where it was; other data, another recipe or `again` starts over. Checkpoints are kept whole."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.config import Recipe, StageSettings
+from cluster.training import STAGES
+from cluster.training.pipeline import data_of, is_trained, run_all
+from cluster.training.run import LocalRun
+
+
+def _settings(root: Path, data: str = "/data", name: str = "starter") -> StageSettings:
+    return StageSettings(root=root, data=Path(data), recipe=Recipe(), name=name)
+
+
+class Stages:
+    """Runs nothing, notes what it was asked to run, and dies at one stage."""
+
+    def __init__(self, dies_at: str | None = None) -> None:
+        self.ran: list[str] = []
+        self._dies_at = dies_at
+
+    def __call__(self, stage: str) -> None:
+        if stage == self._dies_at:
+            raise KeyboardInterrupt
+        self.ran.append(stage)
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    every = list(STAGES)
+    assert not is_trained(tmp_path)
+    first = Stages(dies_at="router")
+    with pytest.raises(KeyboardInterrupt):
+        run_all(_settings(tmp_path), first, again=False)
+    assert first.ran == every[:2]
+    assert not is_trained(tmp_path)
+    second = Stages()
+    assert run_all(_settings(tmp_path), second, again=False)
+    assert second.ran == every[2:]
+    assert is_trained(tmp_path)
+    assert data_of(tmp_path) == Path("/data")
+    third = Stages()
+    assert not run_all(_settings(tmp_path), third, again=False)
+    assert third.ran == []
+
+
+@pytest.mark.parametrize("change", [{"data": "/other"}, {"name": "open-domains"}, {"again": True}])
+def test_other_data_another_recipe_or_again_starts_over(tmp_path: Path, change: dict[str, object]) -> None:
+    run_all(_settings(tmp_path), Stages(), again=False)
+    stages = Stages(dies_at="router")
+    settings = _settings(tmp_path, str(change.get("data", "/data")), str(change.get("name", "starter")))
+    with pytest.raises(KeyboardInterrupt):
+        run_all(settings, stages, again=bool(change.get("again", False)))
+    assert stages.ran == list(STAGES)[:2]
+    assert not is_trained(tmp_path), "what was trained before is no longer whole"
+
+
+def test_a_local_run_keeps_its_newest_checkpoint_until_it_is_done(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "base"
+
+    def save(text: str, fail: bool = False) -> None:
+        def write(into: Path) -> None:
+            (into / "state").write_text(text)
+            if fail:
+                raise OSError("the disk is full")
+
+        run.checkpoint(write)
+
+    with pytest.raises(OSError, match="disk is full"), LocalRun("base", folder, Console(quiet=True)) as run:
+        assert run.restore() is None
+        save("first")
+        save("second")
+        save("third", fail=True)
+    with LocalRun("base", folder, Console(quiet=True)) as run:
+        restored = run.restore()
+        assert restored is not None
+        assert (restored / "state").read_text() == "second"
+    with LocalRun("base", folder, Console(quiet=True)) as run:
+        assert run.restore() is None
