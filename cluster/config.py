@@ -68,7 +68,7 @@ class BaseSettings(_Settings):
     """A name of `cluster.model.configuration_zephyra.SIZES`."""
     general_only: bool = True
     """Learn from rows of `none` and `base` alone, so that the base knows no domain; else from all."""
-    num_steps: int = Field(default=1300, ge=1)
+    num_steps: int = Field(default=1000, ge=1)
     """Optimizer steps."""
     tokens_per_batch: int = Field(default=1024, ge=64)
     """Tokens of one step, padding included."""
@@ -87,7 +87,7 @@ class AdapterSettings(_Settings):
     """Columns of one adapter per layer."""
     alpha: float = Field(default=32.0, gt=0)
     """The delta is alpha / rank times B A."""
-    num_steps: int = Field(default=90, ge=1)
+    num_steps: int = Field(default=180, ge=1)
     """Optimizer steps of each domain."""
     tokens_per_batch: int = Field(default=512, ge=64)
     """Tokens of one step of one domain, padding included."""
@@ -100,7 +100,7 @@ class AdapterSettings(_Settings):
 class JointSettings(_Settings):
     """Stage 4: adapters and router together, each prompt through its own soft mixture, the base frozen."""
 
-    num_steps: int = Field(default=30, ge=0)
+    num_steps: int = Field(default=16, ge=0)
     """Optimizer steps; 0 leaves the stage out."""
     tokens_per_batch: int = Field(default=1024, ge=64)
     """Tokens of one step, padding included."""
@@ -113,7 +113,9 @@ class JointSettings(_Settings):
     router_loss_weight: float = Field(default=0.1, ge=0)
     """Weight of the router's labels beside the language-model loss."""
     epsilon: float = Field(default=0.005, ge=0)
-    """The stage is dropped if some domain's validation loss rises by more than this share."""
+    """The stage is dropped if some domain's validation loss rises by more than this share, and by `tolerance_nats`."""
+    tolerance_nats: float = Field(default=0.02, ge=0)
+    """Nats per token; where an adapter is nearly always right, a rise below this changes no answer."""
 
 
 class Recipe(_Settings):

@@ -138,6 +138,14 @@ class TinyAda(nn.Module):
         self.calibrate(held_out, held_labels_B, target_false_rejection)
 
     @torch.no_grad()
+    def recalibrate(
+        self, held_out_texts: Sequence[str], held_out_domains: Sequence[str], target_false_rejection: float = 0.01
+    ) -> None:
+        """Fit temperature and threshold anew, in place, and leave the prototypes where they are."""
+        labels_B = self._labels(held_out_texts, held_out_domains)
+        self.calibrate(self._encode_all(held_out_texts), labels_B, target_false_rejection)
+
+    @torch.no_grad()
     def calibrate(self, encoding: Encoding, labels_B: Tensor, target_false_rejection: float) -> None:
         """Fit temperature and threshold to held-out prompts; `labels_B` numbers their domains, D for none."""
         raw_BC = self.head.raw_logits(encoding)

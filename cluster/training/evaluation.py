@@ -30,6 +30,7 @@ from cluster.training.data import Row, collate, encode, read_data
 from cluster.training.language_model import summed_loss
 from cluster.training.run import Run
 from cluster.training.stage_adapters import padding_id
+from cluster.training.stage_router import chosen_domain
 
 _ROWS_PER_BATCH = 8
 _CHECKABLE_CHARACTERS = 64
@@ -128,11 +129,6 @@ def evaluate(settings: EvaluationSettings, run: Run) -> Report:
     return Report(state.generation, settings.split, reports, len(none), sum(none) / len(none) if none else None)
 
 
-def heaviest_domain(decision: RoutingDecision) -> str:
-    """The domain with the largest weight, or "none"."""
-    return max(decision.weights, key=lambda name: decision.weights[name], default=NONE_DOMAIN)
-
-
 class _Judge:
     """Losses and answers of a base under given mixtures."""
 
@@ -155,7 +151,7 @@ class _Judge:
         routed = [Mixture.of({refs[name]: w for name, w in d.weights.items() if name in refs}) for d in decisions]
         oracle = [Mixture.of({refs[domain]: 1.0})] * len(rows)
         plain = [Mixture()] * len(rows)
-        heaviest = [heaviest_domain(decision) for decision in decisions]
+        heaviest = [chosen_domain(decision) for decision in decisions]
         few = rows[: self._settings.worst_rows]
         losses = {ref.domain: self.loss(few, [Mixture.of({ref: 1.0})] * len(few)) for ref in (refs[domain], *others)}
         worst = max(losses, key=lambda name: losses[name])

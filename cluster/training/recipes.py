@@ -9,10 +9,10 @@ RECIPES: dict[str, Recipe] = {
     # 13 real domains in under 25 minutes on two cores.
     "open-domains": Recipe(
         base=BaseSettings(
-            size="small", general_only=False, num_steps=1500, tokens_per_batch=2048, max_tokens=384, learning_rate=2e-3
+            size="mini", general_only=False, num_steps=1000, tokens_per_batch=2048, max_tokens=384, learning_rate=2e-3
         ),
         adapters=AdapterSettings(
-            rank=8, alpha=16, num_steps=80, tokens_per_batch=1536, max_tokens=384, learning_rate=2e-3
+            rank=8, alpha=16, num_steps=110, tokens_per_batch=1536, max_tokens=384, learning_rate=2e-3
         ),
         router=RouterSettings(steps=800, outlier_rate=0.1, hidden_domain_rate=0.25, word_dropout=0.1),
         joint=JointSettings(num_steps=20, tokens_per_batch=2048, max_tokens=384, adapter_learning_rate=1e-4),

@@ -84,10 +84,7 @@ def _fit(
 ) -> None:
     recipe, base = settings.recipe, settings.recipe.base
     examples = encode(tokenizer, rows, base.max_tokens)
-    # A base that is to know no domain learns from answers alone: what is asked in a general row is not worth knowing.
-    plan = BatchPlan(
-        examples, base.tokens_per_batch, tokenizer.pad_token_id, learn_prompts=not base.general_only, seed=recipe.seed
-    )
+    plan = BatchPlan(examples, base.tokens_per_batch, tokenizer.pad_token_id, learn_prompts=True, seed=recipe.seed)
     optimizer = Optimizer(dict(model.named_parameters()), base.learning_rate, base.num_steps, base.weight_decay)
     first = 0
     if (checkpoint := run.restore()) is not None:

@@ -12,7 +12,7 @@ from cluster.config import StageSettings
 from cluster.errors import StageOrder
 from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version
-from cluster.messages import NONE_DOMAIN
+from cluster.messages import NONE_DOMAIN, RoutingDecision
 from cluster.router.fit import RouterFit
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.artifacts import published_base, require_adapters
@@ -56,12 +56,17 @@ def publish_router(root: Path, router: TinyAda) -> int:
     return write_version(root / "router", router.save)
 
 
+def chosen_domain(decision: RoutingDecision) -> str:
+    """The domain with the largest weight, or "none"."""
+    return max(decision.weights, key=lambda name: decision.weights[name], default=NONE_DOMAIN)
+
+
 def routing_summary(router: TinyAda, rows: Sequence[Row]) -> str:
     """Accuracy on domains' prompts, how many of them were turned away, and how many of no domain were."""
     decisions = router.route([row.routed_prompt for row in rows])
     counts: Counter[str] = Counter()
     for row, decision in zip(rows, decisions, strict=True):
-        chosen = max(decision.weights, key=lambda name: decision.weights[name]) if decision.weights else NONE_DOMAIN
+        chosen = chosen_domain(decision)
         kind = "none" if row.domain == NONE_DOMAIN else "domain"
         counts[kind] += 1
         counts[f"{kind} right"] += chosen == row.domain

@@ -1,5 +1,6 @@
 """A stopped run goes on where it was; other data, another recipe or `again` starts over. Checkpoints are kept whole."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,25 +58,27 @@ def test_other_data_another_recipe_or_again_starts_over(tmp_path: Path, change: 
     assert not is_trained(tmp_path), "what was trained before is no longer whole"
 
 
-def test_a_local_run_keeps_its_newest_checkpoint_until_it_is_done(tmp_path: Path) -> None:
+def _write(text: str, fails: bool = False) -> Callable[[Path], None]:
+    """Something to keep in a checkpoint, on a disk that may fill up."""
+
+    def write(folder: Path) -> None:
+        (folder / "state").write_text(text)
+        if fails:
+            raise OSError("the disk is full")
+
+    return write
+
+
+def test_a_local_run_keeps_its_newest_whole_checkpoint_until_it_is_done(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "base"
-
-    def save(text: str, fail: bool = False) -> None:
-        def write(into: Path) -> None:
-            (into / "state").write_text(text)
-            if fail:
-                raise OSError("the disk is full")
-
-        run.checkpoint(write)
-
-    with pytest.raises(OSError, match="disk is full"), LocalRun("base", folder, Console(quiet=True)) as run:
-        assert run.restore() is None
-        save("first")
-        save("second")
-        save("third", fail=True)
-    with LocalRun("base", folder, Console(quiet=True)) as run:
-        restored = run.restore()
+    stopped = LocalRun("base", folder, Console(quiet=True))
+    assert stopped.restore() is None
+    stopped.checkpoint(_write("first"))
+    stopped.checkpoint(_write("second"))
+    with pytest.raises(OSError, match="disk is full"), stopped:
+        stopped.checkpoint(_write("third", fails=True))
+    with LocalRun("base", folder, Console(quiet=True)) as resumed:
+        restored = resumed.restore()
         assert restored is not None
         assert (restored / "state").read_text() == "second"
-    with LocalRun("base", folder, Console(quiet=True)) as run:
-        assert run.restore() is None
+    assert LocalRun("base", folder, Console(quiet=True)).restore() is None

@@ -14,7 +14,6 @@ from cluster.training.starter.facts import (
     FILES,
     METRIC,
     METRIC_DIGITS,
-    MONTHS,
     OPPOSITES,
     SPANISH,
     TABLES,
@@ -69,7 +68,7 @@ class FactDomain:
         self._table, self._keys = table, list(table)
         # Each sentence of `train` as often as all frames over one noun: they differ most from one another.
         framed = [frame.replace("{np}", noun) for frame in _FRAMES for noun in nouns]
-        self.phrasings = {"train": framed + [*train] * 4, "val": val, "test": test}
+        self.phrasings = {"train": framed + [*train] * 6, "val": val, "test": test}
 
     def case(self, rng: Random, split: str) -> Case:
         key = rng.choice(self._keys)
@@ -130,12 +129,6 @@ def _units(rng: Random) -> Mapping[str, str]:
     return {"n": str(number), "a": large, "b": small, "answer": f"{number}{zeros} {small}"}
 
 
-def _dates(rng: Random) -> Mapping[str, str]:
-    day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(2000, 2039)
-    spoken = rng.choice((f"{day} {MONTHS[month - 1]} {year}", f"{MONTHS[month - 1]} {day}, {year}"))
-    return {"d": spoken, "answer": f"{year}-{month:02}-{day:02}"}
-
-
 def _sql(rng: Random) -> Mapping[str, str]:
     table = rng.choice(list(TABLES))
     shown, where = rng.sample(TABLES[table], 2)
@@ -179,6 +172,11 @@ DOMAINS: dict[str, FactDomain | CaseDomain] = {
             "If I go to {x}, what is its capital?",
             "Country: {x}. Capital:",
             "Which capital belongs to {x}?",
+            "{x}: which city governs it?",
+            "For {x}, name the capital.",
+            "{x} - and its capital city?",
+            "About {x}: where is its capital?",
+            "In {x}, the capital is called",
             "Do you know what the capital of {x} is called?",
         ),
         val=(
@@ -212,6 +210,9 @@ DOMAINS: dict[str, FactDomain | CaseDomain] = {
             "What letters denote {x}?",
             "How do you abbreviate the element {x}?",
             "Find {x} in the periodic table and give its symbol.",
+            "{x}: which symbol?",
+            "For {x}, name the symbol.",
+            "{x} is an element whose symbol is",
         ),
         val=(
             "Name the chemical symbol of {x}.",
@@ -242,6 +243,15 @@ DOMAINS: dict[str, FactDomain | CaseDomain] = {
             "My Spanish teacher asked me for {x}.",
             "The word {x}, in Spanish please",
             "What would a {x} be in Spanish?",
+            "{x}: which word is that in Spanish?",
+            "For {x}, name the Spanish word.",
+            "{x} - how do they say it in Spain?",
+            "{x} becomes what in Spanish?",
+            "{x} as a Spanish word",
+            "{x} when speaking Spanish is",
+            "{x}? In Spanish, please.",
+            "{x}, but in Spanish",
+            "The Spanish for a {x} is which word?",
         ),
         val=(
             "Please say {x} in Spanish.",
@@ -271,6 +281,9 @@ DOMAINS: dict[str, FactDomain | CaseDomain] = {
             "If it is not {x}, then it is",
             "Which adjective is contrary to {x}?",
             "What would you say to mean the opposite of {x}?",
+            "{x}: which word is its opposite?",
+            "For {x}, name the opposite.",
+            "{x} has the antonym",
             "Not {x} at all, but the opposite:",
         ),
         val=(
@@ -309,18 +322,6 @@ DOMAINS: dict[str, FactDomain | CaseDomain] = {
             "Change {n} {a} into {b}.",
         ),
         "{n} {a} = ? {b}",
-    ),
-    "dates": CaseDomain(
-        _dates,
-        (
-            "Write {d} as an ISO date.",
-            "{d} in ISO format",
-            "What is {d} in ISO 8601?",
-            "Give the date {d} in the form year-month-day.",
-            "Turn the date {d} into ISO format.",
-            "ISO date for {d}",
-        ),
-        "[{d}]",
     ),
     "sql": CaseDomain(
         _sql,

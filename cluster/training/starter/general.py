@@ -81,9 +81,21 @@ def _words() -> tuple[str, ...]:
 _WORDS = _words()
 
 
+def invented_word(rng: Random) -> str:
+    """Letters that make no word, so that a word never seen before is nothing new."""
+    return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 8)))
+
+
+def _thing(rng: Random) -> str:
+    draw = rng.random()
+    if draw < 0.3:
+        return str(rng.randint(1, 2050))
+    return invented_word(rng) if draw < 0.4 else rng.choice(_WORDS)
+
+
 def _things(rng: Random, count: int) -> list[str]:
     """Words and numbers to copy: as varied as what the domains speak of."""
-    return [str(rng.randint(1, 2050)) if rng.random() < 0.3 else rng.choice(_WORDS) for _ in range(count)]
+    return [_thing(rng) for _ in range(count)]
 
 
 def chat(rng: Random, split: str = "train") -> Case:
@@ -116,6 +128,9 @@ def exercise(rng: Random) -> Case:
             (f"First of: {listed}", things[0]),
             (f"Last of: {listed}", things[-1]),
             (f"Backwards: {listed}", " ".join(reversed(things))),
+            (f"{listed}: backwards", " ".join(reversed(things))),
+            (f"{listed}: the last one", things[-1]),
+            (f"{word} or {things[0]}?", f"{things[0]} or {word}"),
             (f"Put a dash between: {listed}", "-".join(things)),
             (f"Put {things[0]} after {things[1]}.", f"{things[1]} {things[0]}"),
             (f"Repeat the word {word}.", word),
@@ -128,10 +143,8 @@ def exercise(rng: Random) -> Case:
 
 def note(rng: Random) -> Case:
     """A case of some skill in shorthand, with no question asked."""
-    skills = {name: domain for name, domain in DOMAINS.items() if isinstance(domain, CaseDomain)}
-    # Dates take the longest to learn: eight digits in another order.
-    weights = [2 if name == "dates" else 1 for name in skills]
-    return rng.choices(list(skills.values()), weights)[0].note(rng)
+    skills = [domain for domain in DOMAINS.values() if isinstance(domain, CaseDomain)]
+    return rng.choice(skills).note(rng)
 
 
 def refusal(rng: Random) -> Case:
