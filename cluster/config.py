@@ -3,6 +3,7 @@
 Pydantic models with unknown keys refused, frozen, composed and never inherited from one another.
 """
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -95,6 +96,8 @@ class AdapterSettings(_Settings):
     """Longer rows are cut."""
     learning_rate: float = Field(default=4e-3, gt=0, le=1)
     """Peak rate of AdamW."""
+    learned_loss: float = Field(default=0.005, ge=0)
+    """A domain whose mean loss over eight steps lies below this is learned and takes no further steps."""
 
 
 class JointSettings(_Settings):
@@ -145,6 +148,11 @@ class StageSettings(_Settings):
     recipe: Recipe
     name: str
     """The recipe's name, kept in the artifacts."""
+
+    @property
+    def mark(self) -> str:
+        """Eight hex digits that differ when a setting does: a checkpoint is resumed only under the same."""
+        return hashlib.blake2b(self.model_dump_json().encode(), digest_size=4).hexdigest()
 
     @field_validator("root", "data")
     @classmethod

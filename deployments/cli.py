@@ -125,7 +125,7 @@ def _run_stage(stage: str, settings: StageSettings) -> None:
     from cluster.training import STAGES
     from cluster.training.run import LocalRun
 
-    with LocalRun(stage, settings.root / "runs" / stage, console) as run:
+    with LocalRun(stage, settings.root / "runs" / f"{stage}-{settings.mark}", console) as run:
         STAGES[stage](settings, run)
 
 

@@ -86,7 +86,7 @@ def fit(stage: str, settings: StageSettings, run_name: str, num_cpus: float) -> 
         train_loop_config={"stage": stage, "settings": settings.model_dump_json()},
         scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": num_cpus}),
         run_config=RunConfig(
-            name=f"{run_name}-{stage}",
+            name=f"{run_name}-{stage}-{settings.mark}",
             storage_path=str(settings.root / "runs"),
             failure_config=FailureConfig(max_failures=2),
             checkpoint_config=CheckpointConfig(num_to_keep=1),

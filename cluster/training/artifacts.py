@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from cluster.errors import StageOrder
-from cluster.lora.catalog import CatalogState
+from cluster.errors import CatalogConflict, StageOrder
+from cluster.lora.catalog import Catalog, CatalogState, Change
 from cluster.lora.peft_format import pack, unpack
 from cluster.lora.weights import AdapterWeights
 from cluster.messages import AdapterRef
@@ -30,6 +30,22 @@ def published_router(root: Path, state: CatalogState) -> TinyAda:
     if state.router is None:
         raise StageOrder(f"{root} holds no router yet; run stage 'router' first.")
     return TinyAda.load(root / "router" / str(state.router))
+
+
+def publish_for_base(catalog: Catalog, change: Change, base: int | None) -> None:
+    """Publish what belongs to one version of the base. Raises `CatalogConflict` if that is no longer the current one.
+
+    What others published meanwhile for the same base is kept.
+    """
+    while True:
+        state = catalog.load()
+        if state.base != base:
+            raise CatalogConflict(f"The base is now version {state.base}, this was trained on {base}; train it again.")
+        try:
+            catalog.publish(change, expected_generation=state.generation)
+        except CatalogConflict:
+            continue
+        return
 
 
 def require_adapters(root: Path, state: CatalogState) -> None:

@@ -24,7 +24,9 @@ def run_all(settings: StageSettings, run_stage: Callable[[str], None], again: bo
     for stage in left:
         run_stage(stage)
         done.append(stage)
-        path.write_text(json.dumps({"data": str(settings.data), "recipe": settings.name, "done": done}, indent=2))
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps({"data": str(settings.data), "recipe": settings.name, "done": done}, indent=2))
+        draft.replace(path)
     return bool(left)
 
 

@@ -77,15 +77,23 @@ class LocalRun:
         self._console.print(text)
 
     def checkpoint(self, save: Callable[[Path], None]) -> None:
-        draft = self._folder.with_suffix(".draft")
+        # Numbered, so that the one before is there until the new one is complete.
+        numbers = self._numbers()
+        draft = self._folder / "draft"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         save(draft)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        draft.rename(self._folder)
+        draft.rename(self._folder / str(max(numbers, default=0) + 1))
+        for number in numbers:
+            shutil.rmtree(self._folder / str(number))
 
     def restore(self) -> Path | None:
-        return self._folder if self._folder.is_dir() else None
+        numbers = self._numbers()
+        return self._folder / str(max(numbers)) if numbers else None
+
+    def _numbers(self) -> list[int]:
+        folders = self._folder.iterdir() if self._folder.is_dir() else ()
+        return [int(folder.name) for folder in folders if folder.name.isdecimal()]
 
     def _close_bar(self) -> None:
         if self._progress is not None:

@@ -4,10 +4,12 @@ Each step gives every domain one batch of its own rows, so that all domains are 
 adapter sees another's data.
 """
 
+import math
 import time
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from cluster.config import StageSettings
@@ -16,19 +18,23 @@ from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version
 from cluster.lora.weights import AdapterWeights
 from cluster.model.base import Base
-from cluster.training.artifacts import published_base
+from cluster.training.artifacts import publish_for_base, published_base
 from cluster.training.data import BatchPlan, DataSet, Example, encode, read_data
 from cluster.training.language_model import batch_loss, mean_loss
 from cluster.training.optimization import Optimizer, load_checkpoint, save_checkpoint
 from cluster.training.run import Run
 from cluster.training.trainable_lora import TrainableAdapters
 
+_RECENT_STEPS = 8
+"""Steps whose mean loss says whether a domain is learned."""
+
 
 def train_adapters(settings: StageSettings, run: Run) -> None:
     """Train an adapter for every domain of the data and publish them together."""
     recipe, options = settings.recipe, settings.recipe.adapters
     catalog = Catalog(settings.root)
-    base = published_base(settings.root, catalog.load())
+    state = catalog.load()
+    base = published_base(settings.root, state)
     data = read_data(settings.data)
     adapters = TrainableAdapters(base.model, data.domains, options.rank, options.alpha, recipe.seed)
     _fit(adapters, base, data, settings, run)
@@ -36,7 +42,7 @@ def train_adapters(settings: StageSettings, run: Run) -> None:
     for domain in data.domains:
         weights = adapters.weights(domain, base.fingerprint)
         published[domain] = publish_adapter(settings.root, domain, weights, base.name, settings)
-    catalog.publish(Change(adapters=published))
+    publish_for_base(catalog, Change(adapters=published), state.base)
     _report(adapters, base, data, settings, run)
 
 
@@ -59,28 +65,34 @@ def _fit(adapters: TrainableAdapters, base: Base, data: DataSet, settings: Stage
         plans[domain] = BatchPlan(examples, options.tokens_per_batch, pad_id, learn_prompts=False, seed=recipe.seed)
         optimizers[domain] = Optimizer(adapters.parameters(domain), options.learning_rate, options.num_steps)
     first = 0
+    recent = {domain: torch.full((_RECENT_STEPS,), math.inf) for domain in data.domains}
     if (checkpoint := run.restore()) is not None:
         first, tensors = load_checkpoint(checkpoint)
         for domain in data.domains:
             optimizers[domain].load_tensors(tensors, f"{domain}:")
+            recent[domain] = tensors[f"{domain}|recent"]
         run.say(f"resuming the adapters at step {first}")
     run.start(f"2/4 {len(data.domains)} adapters", options.num_steps)
     tokens, since = 0, time.perf_counter()
     for step in range(first, options.num_steps):
-        losses = []
         for domain in data.domains:
+            if float(recent[domain].mean()) < options.learned_loss:
+                continue
             adapters.select(domain)
             batch = plans[domain].batch(step)
             loss = batch_loss(base.model, batch)
             loss.backward()
             optimizers[domain].step(step)
-            losses.append(float(loss.detach()))
+            recent[domain][step % _RECENT_STEPS] = loss.detach()
             tokens += batch.ids_BT.numel()
         speed = tokens / (time.perf_counter() - since)
-        run.report(step + 1, {"loss": sum(losses) / len(losses), "tokens/s": speed})
+        newest = [float(losses[step % _RECENT_STEPS]) for losses in recent.values()]
+        run.report(step + 1, {"loss": sum(newest) / len(newest), "tokens/s": speed})
         if (step + 1) % recipe.checkpoint_every_steps == 0:
             done = step + 1
-            state = {key: value for d in data.domains for key, value in optimizers[d].tensors(f"{d}:").items()}
+            state = {f"{domain}|recent": losses.clone() for domain, losses in recent.items()}
+            for domain in data.domains:
+                state.update(optimizers[domain].tensors(f"{domain}:"))
             run.checkpoint(partial(save_checkpoint, step=done, tensors=state))
 
 

@@ -42,9 +42,15 @@ def train_joint(settings: StageSettings, run: Run) -> None:
     catalog = Catalog(settings.root)
     state = catalog.load()
     system = _load(settings, state)
+    if settings.recipe.joint.num_steps == 0:
+        run.say("the recipe leaves the joint stage out")
+        return
     data = read_data(settings.data)
     domains = system.adapters.domains
     before = _losses(system, data, settings)
+    if not before:
+        run.say("not trained: without validation rows nobody could tell whether a domain loses")
+        return
     _fit(system, data, settings, run)
     train, held_out = (router_rows(data, split, settings.recipe.train_rows_per_domain) for split in ("train", "val"))
     router = _calibrated(system.router, train, held_out, settings.recipe.router.target_false_rejection)
@@ -115,9 +121,7 @@ def _share_right(router: TinyAda, rows: list[Row]) -> float:
 def _loser(before: dict[str, float], after: dict[str, float], settings: StageSettings) -> str | None:
     """The domain that lost most, if it lost more than the recipe allows."""
     options = settings.recipe.joint
-    worst = max(before, key=lambda domain: after[domain] / before[domain], default=None)
-    if worst is None:
-        return None
+    worst = max(before, key=lambda domain: after[domain] / before[domain])
     allowed = max(before[worst] * options.epsilon, options.tolerance_nats)
     return worst if after[worst] - before[worst] > allowed else None
 
@@ -132,7 +136,8 @@ def _fit(system: _System, data: DataSet, settings: StageSettings, run: Run) -> N
     adapters = Optimizer(factors, options.adapter_learning_rate, max(1, options.num_steps))
     encoder = {name: parameter for name, parameter in system.router.named_parameters() if parameter.requires_grad}
     router = Optimizer(encoder, options.router_learning_rate, max(1, options.num_steps))
-    rows = {domain: data.rows("train", domain, recipe.train_rows_per_domain) for domain in system.adapters.domains}
+    known = set(system.adapters.domains) & set(data.domains)
+    rows = {domain: data.rows("train", domain, recipe.train_rows_per_domain) for domain in sorted(known)}
     first = 0
     if (checkpoint := run.restore()) is not None:
         first, tensors = load_checkpoint(checkpoint)

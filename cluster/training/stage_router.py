@@ -15,7 +15,7 @@ from cluster.lora.store import write_version
 from cluster.messages import NONE_DOMAIN, RoutingDecision
 from cluster.router.fit import RouterFit
 from cluster.router.tiny_ada import TinyAda
-from cluster.training.artifacts import published_base, require_adapters
+from cluster.training.artifacts import publish_for_base, published_base, require_adapters
 from cluster.training.data import DataSet, Row, read_data
 from cluster.training.run import Run
 
@@ -40,7 +40,7 @@ def train_router(settings: StageSettings, run: Run) -> None:
         torch.set_num_threads(num_threads)
     router = fit.finish()
     version = publish_router(settings.root, router)
-    catalog.publish(Change(router=version))
+    publish_for_base(catalog, Change(router=version), state.base)
     share = router.num_parameters / base.num_parameters
     run.say(f"tiny ada: {router.num_parameters:,} parameters, {share:.1%} of the base's")
     run.say(f"published router {version}: validation {routing_summary(router, val)}")
