@@ -5,6 +5,7 @@ publishing a new version never changes a request in flight.
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -23,9 +24,6 @@ WEIGHT_STEP = 1 / 64
 """The router's weights are multiples of this, so that mixtures recur and what they need can be cached."""
 
 _VERSION_PATTERN = re.compile(r"0|[1-9][0-9]{0,17}")
-_MAX_WEIGHT = 1e6
-"""Beyond any use, and far from where products of float32 overflow."""
-
 _DOMAIN_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
@@ -88,8 +86,9 @@ def check_weights(weights: Mapping[str, float]) -> None:
     if len(weights) > MAX_MIXTURE_ENTRIES:
         raise InvalidMixture(f"The mixture has {len(weights)} entries; the most is {MAX_MIXTURE_ENTRIES}.")
     for name, weight in weights.items():
-        if not 0 <= weight <= _MAX_WEIGHT:  # false for NaN, too
-            raise InvalidMixture(f"The weight of {name} is {weight}; expected a number from 0 to {_MAX_WEIGHT:.0e}.")
+        # False for NaN too, and for an integer beyond any float.
+        if not 0 <= weight <= sys.float_info.max:
+            raise InvalidMixture(f"The weight of {name} is {weight}; expected a finite number that is not negative.")
     if weights and not any(weights.values()):
         raise InvalidMixture(f"All weights are zero ({', '.join(weights)}); give one above zero, or ask for 'base'.")
 

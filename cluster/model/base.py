@@ -71,7 +71,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     forge a turn. Raises `InvalidInput` for a chat that the template refuses.
     """
     if isinstance(prompt, str):
-        return list(tokenizer(prompt, split_special_tokens=True)["input_ids"])
+        return list(tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"])
     if tokenizer.chat_template is None:
         raise InvalidInput("This base has no chat template; use /v1/completions (gRPC: prompt instead of messages).")
     messages = [{"role": message.role.value, "content": message.content} for message in prompt]

@@ -122,7 +122,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_tokens: 
     for row in rows:
         prompt = encode_prompt(tokenizer, row.prompt) if row.prompt else [tokenizer.bos_token_id]
         # Special tokens written out in the data are text, as they are in what a user writes.
-        answer = tokenizer(row.response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        answer = tokenizer(row.response, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
         response = [*answer, tokenizer.eos_token_id]
         response = response[: max(max_tokens // 2, max_tokens - len(prompt))]
         overlong = len(prompt) + len(response) - max_tokens

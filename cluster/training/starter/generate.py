@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from cluster.messages import NONE_DOMAIN
 from cluster.training.data import BASE_DOMAIN
-from cluster.training.starter.domains import DOMAINS, Case
+from cluster.training.starter.domains import DOMAINS, Case, FactDomain
 from cluster.training.starter.general import chat, exercise, invented_word, note, refusal
 
 TRAIN_ROWS_PER_DOMAIN = 2000
@@ -30,7 +30,9 @@ def generate_starter(folder: Path, seed: int = 0) -> None:
     for name, domain in DOMAINS.items():
         counts = {"train": TRAIN_ROWS_PER_DOMAIN, **held_out}
         rows = [row for split, count in counts.items() for row in _draw(seed, name, split, count, domain.case)]
-        _write(folder, name, _disturbed(rows, Random(f"{seed}:{name}")))
+        if isinstance(domain, FactDomain):  # in a skill's prompt every word may have to be copied
+            rows = _disturbed(rows, Random(f"{seed}:{name}"))
+        _write(folder, name, rows)
     _write(folder, NONE_DOMAIN, [r for split, n in NONE_ROWS.items() for r in _draw(seed, "none", split, n, chat)])
     _write(folder, BASE_DOMAIN, [r for kind, n in BASE_ROWS for r in _draw(seed, kind.__name__, "train", n, _of(kind))])
 
