@@ -58,3 +58,10 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first, then those on the shared cluster, then those on the trained starter."""
+    items.sort(
+        key=lambda item: (item.get_closest_marker("starter") is not None, item.get_closest_marker("ray") is not None)
+    )

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.conftest import free_port
 from tests.e2e.conftest import CHECKOUT, Starter, zephyra
-from tests.serving.conftest import free_port
 
 pytestmark = [pytest.mark.starter, pytest.mark.ray]
 

@@ -11,7 +11,7 @@ from cluster.errors import InvalidInput
 from cluster.lora.catalog import Catalog
 from cluster.training.starter.generate import generate_starter
 from deployments.train import fit
-from tests.serving.conftest import Served
+from tests.conftest import Served
 
 pytestmark = pytest.mark.ray
 
