@@ -105,8 +105,8 @@ class JointSettings(_Settings):
 
     num_steps: int = Field(default=16, ge=0)
     """Optimizer steps; 0 leaves the stage out."""
-    tokens_per_batch: int = Field(default=1024, ge=64)
-    """Tokens of one step, padding included."""
+    rows_per_domain: int = Field(default=4, ge=1)
+    """Rows of each domain in one step."""
     max_tokens: int = Field(default=256, ge=16)
     """Longer rows are cut."""
     adapter_learning_rate: float = Field(default=3e-4, gt=0, le=1)

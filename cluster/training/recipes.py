@@ -15,7 +15,7 @@ RECIPES: dict[str, Recipe] = {
             rank=8, alpha=16, num_steps=110, tokens_per_batch=1536, max_tokens=384, learning_rate=2e-3
         ),
         router=RouterSettings(steps=800, outlier_rate=0.1, hidden_domain_rate=0.25, word_dropout=0.1),
-        joint=JointSettings(num_steps=20, tokens_per_batch=2048, max_tokens=384, adapter_learning_rate=1e-4),
+        joint=JointSettings(num_steps=20, rows_per_domain=1, max_tokens=384, adapter_learning_rate=1e-4),
         train_rows_per_domain=4000,
         val_rows_per_domain=40,
     ),

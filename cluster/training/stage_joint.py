@@ -159,13 +159,12 @@ def _fit(system: _System, data: DataSet, settings: StageSettings, run: Run) -> N
 
 
 def _draw(rows: dict[str, list[Row]], step: int, settings: StageSettings) -> list[Row]:
-    """Rows of a step, evenly over the domains: as many as fill the batch at 32 tokens each, at least one a domain."""
+    """Rows of a step, evenly over the domains."""
     generator = torch.Generator().manual_seed(settings.recipe.seed * 1_000_003 + step)
-    each = max(1, settings.recipe.joint.tokens_per_batch // 32 // len(rows))
     return [
         candidates[int(torch.randint(len(candidates), (), generator=generator))]
         for candidates in rows.values()
-        for _ in range(each)
+        for _ in range(settings.recipe.joint.rows_per_domain)
     ]
 
 

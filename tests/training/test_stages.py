@@ -24,7 +24,7 @@ RECIPE = Recipe(
     base=BaseSettings(size="nano", num_steps=6, tokens_per_batch=256),
     adapters=AdapterSettings(rank=2, num_steps=4, tokens_per_batch=128),
     router=RouterSettings(steps=6),
-    joint=JointSettings(num_steps=2, tokens_per_batch=512, epsilon=10.0),
+    joint=JointSettings(num_steps=2, rows_per_domain=2, epsilon=10.0),
     val_rows_per_domain=4,
     checkpoint_every_steps=2,
 )
@@ -110,7 +110,7 @@ def test_all_stages_publish_in_order_and_a_resumed_run_equals_the_unbroken_one(t
 
 def test_a_joint_stage_that_costs_a_domain_publishes_nothing(tmp_path: Path, data: Path) -> None:
     # A rate that throws the adapters away: some domain loses far more than epsilon.
-    ruinous = JointSettings(num_steps=2, tokens_per_batch=512, adapter_learning_rate=1.0, epsilon=0.005)
+    ruinous = JointSettings(num_steps=2, rows_per_domain=2, adapter_learning_rate=1.0, epsilon=0.005)
     recipe = RECIPE.model_copy(update={"joint": ruinous})
     root = tmp_path / "root"
     for name, stage in STAGES.items():
