@@ -27,6 +27,9 @@ from cluster.training.stage_adapters import padding_id, publish_adapter
 from cluster.training.stage_router import chosen_domain, publish_router, router_columns, router_rows, routing_summary
 from cluster.training.trainable_lora import TrainableAdapters
 
+_CLEARLY_BETTER = 0.01
+"""Share of held-out prompts by which rebuilt prototypes must route better to be taken."""
+
 
 @dataclass(frozen=True, slots=True)
 class _System:
@@ -103,14 +106,15 @@ def _losses(system: _System, data: DataSet, settings: StageSettings) -> dict[str
 
 
 def _calibrated(router: TinyAda, train: list[Row], held_out: list[Row], target: float) -> TinyAda:
-    """The router with temperature and threshold fitted anew, and its prototypes too if that routes better.
+    """The router with temperature and threshold fitted anew, and its prototypes too if that clearly routes better.
 
     The encoder was trained against the prototypes, so they mostly still stand where they should.
     """
     rebuilt = copy.deepcopy(router)
     rebuilt.refit(*router_columns(train), *router_columns(held_out), target)
     router.recalibrate(*router_columns(held_out), target)
-    return rebuilt if _share_right(rebuilt, held_out) > _share_right(router, held_out) else router
+    gain = _share_right(rebuilt, held_out) - _share_right(router, held_out)
+    return rebuilt if gain > _CLEARLY_BETTER else router
 
 
 def _share_right(router: TinyAda, rows: list[Row]) -> float:
@@ -138,6 +142,9 @@ def _fit(system: _System, data: DataSet, settings: StageSettings, run: Run) -> N
     router = Optimizer(encoder, options.router_learning_rate, max(1, options.num_steps))
     known = set(system.adapters.domains) & set(data.domains)
     rows = {domain: data.rows("train", domain, recipe.train_rows_per_domain) for domain in sorted(known)}
+    if none_rows := data.rows("train", NONE_DOMAIN, recipe.train_rows_per_domain):
+        # Without these the router would only be rewarded for naming some domain.
+        rows[NONE_DOMAIN] = none_rows
     first = 0
     if (checkpoint := run.restore()) is not None:
         first, tensors = load_checkpoint(checkpoint)

@@ -77,9 +77,13 @@ def test_every_wire_gives_the_right_answer(served: tuple[str, str, str]) -> None
 
 def test_a_stranger_is_answered_by_the_plain_base(served: tuple[str, str, str]) -> None:
     body = {"model": "zephyra", "prompt": "How do I unclog a kitchen sink?"}
-    completion = httpx.post(f"{served[0]}/v1/completions", json=body, timeout=60).json()
+    completion, plain = (
+        httpx.post(f"{served[0]}/v1/completions", json={**body, **model}, timeout=60).json()
+        for model in ({}, {"model": "base"})
+    )
     assert completion["zephyra"]["mixture"] == {}
-    assert "I do not know" in completion["choices"][0]["text"]
+    assert completion["zephyra"]["probabilities"]["none"] > 0.5
+    assert completion["choices"] == plain["choices"]
 
 
 def test_a_wrong_model_is_an_error_one_can_act_on(served: tuple[str, str, str]) -> None:
