@@ -103,8 +103,11 @@ def _http_piece(event: dict[str, object]) -> Piece:
             return Piece("")
 
 
-def converse(client: Client, prompt: str | None, console: Console) -> None:
-    """Ask `prompt` and print the answer; without one, ask for prompts until an empty one or the end of input."""
+def converse(client: Client, prompt: str | None, console: Console, remember: bool = False) -> None:
+    """Ask `prompt` and print the answer; without one, ask for prompts until an empty one or the end of input.
+
+    Each prompt stands alone unless `remember` sends the turns before it along.
+    """
     if prompt is not None:
         _answer(client, [("user", prompt)], console)
         return
@@ -118,11 +121,11 @@ def converse(client: Client, prompt: str | None, console: Console) -> None:
         if not text:
             return
         try:
-            turns = [*turns, ("user", text)]
-            turns.append(("assistant", _answer(client, turns, console)))
+            answer = _answer(client, [*turns, ("user", text)], console)
         except ZephyraError as error:
             console.print(f"[red]error:[/red] {error}", highlight=False)
-            turns.pop()
+        else:
+            turns += [("user", text), ("assistant", answer)] if remember else []
 
 
 def _answer(client: Client, turns: list[Turn], console: Console) -> str:

@@ -169,13 +169,16 @@ def chat(
     grpc: Annotated[bool, typer.Option("--grpc", help="Ask over gRPC instead of HTTP.")] = False,
     grpc_target: Annotated[str, typer.Option(help="Where gRPC is served.")] = "127.0.0.1:9000",
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    remember: Annotated[
+        bool, typer.Option("--remember", help="Send earlier turns along; the starter learned single questions only.")
+    ] = False,
 ) -> None:
     """Ask, and see which domains answered."""
     from deployments.chat import GrpcClient, HttpClient, converse
 
     with _errors():
         client = GrpcClient(grpc_target, model, max_tokens) if grpc else HttpClient(url, model, max_tokens)
-        converse(client, prompt, console)
+        converse(client, prompt, console, remember)
 
 
 def main() -> None:

@@ -1,11 +1,15 @@
 """Starts Ray on this machine, serves Zephyra on it, and stops it again: what `zephyra serve` and the tests run."""
 
 import logging
+import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray import serve
@@ -44,6 +48,8 @@ def serving(settings: AppSettings, ports: Ports, quiet: bool = False) -> Iterato
     """
     application = build(settings)
     ports.check_free()
+    # A job's `python` is looked up on the cluster's path: it should be this one, which has the packages.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     ray.init(
         address="local",
         include_dashboard=ports.dashboard is not None,
@@ -66,7 +72,10 @@ def serving(settings: AppSettings, ports: Ports, quiet: bool = False) -> Iterato
 
 
 def wait_forever() -> None:
-    """Sleep until the process is interrupted."""
+    """Sleep until the process is interrupted or told to end: `KeyboardInterrupt` either way."""
+    # Also where a shell started it in the background with interrupts ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     while True:
         time.sleep(3600)
 

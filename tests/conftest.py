@@ -61,7 +61,9 @@ def free_port() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first, then those on the shared cluster, then those on the trained starter."""
-    items.sort(
-        key=lambda item: (item.get_closest_marker("starter") is not None, item.get_closest_marker("ray") is not None)
-    )
+    """Fast tests first; then those on the trained starter, while no cluster takes its cores; then the cluster's."""
+
+    def rank(item: pytest.Item) -> tuple[bool, bool]:
+        return item.get_closest_marker("ray") is not None, item.get_closest_marker("starter") is not None
+
+    items.sort(key=rank)
