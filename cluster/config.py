@@ -204,3 +204,8 @@ def absolute(path: str | Path) -> Path:
 def ray_address() -> str | None:
     """Where `ray job submit` said the cluster is; None outside a job."""
     return os.environ.get("RAY_ADDRESS")
+
+
+def put_first_on_path(folder: Path) -> None:
+    """Let this process and those it starts look for programs in `folder` first."""
+    os.environ["PATH"] = os.pathsep.join((str(folder), os.environ.get("PATH", "")))

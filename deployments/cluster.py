@@ -1,7 +1,6 @@
 """Starts Ray on this machine, serves Zephyra on it, and stops it again: what `zephyra serve` and the tests run."""
 
 import logging
-import os
 import signal
 import socket
 import sys
@@ -15,7 +14,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from cluster.config import AppSettings
+from cluster.config import AppSettings, put_first_on_path
 from cluster.errors import PortTaken
 from deployments.application import APPLICATION_NAME, build
 
@@ -49,7 +48,7 @@ def serving(settings: AppSettings, ports: Ports, quiet: bool = False) -> Iterato
     application = build(settings)
     ports.check_free()
     # A job's `python` is looked up on the cluster's path: it should be this one, which has the packages.
-    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    put_first_on_path(Path(sys.executable).parent)
     ray.init(
         address="local",
         include_dashboard=ports.dashboard is not None,
