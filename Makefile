@@ -23,6 +23,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# make bench MODEL=DIR ARGS="--adapters 8 --peers": on an idle machine. Without a model, a little of everything on a tiny one.
+bench: setup
+	$(BIN)/python -m benchmarks.engine $(if $(MODEL),--model $(MODEL),--quick) $(ARGS)
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

@@ -6,13 +6,17 @@ Pydantic models with unknown keys refused, frozen, composed and never inherited 
 import hashlib
 import os
 from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 """The folder that holds `cluster/`: relative paths in settings are taken from here, in whatever process."""
 
 DEFAULT_ROOT = "artifacts/starter"
+
+Quantization = Literal["int8", "int4"]
+"""A form of a base with integer weights, beside its floats."""
 
 
 class _Settings(BaseModel):
@@ -28,8 +32,23 @@ class EngineSettings(_Settings):
     """Sequences queued beyond that; one more is refused with Overloaded."""
     max_context_tokens: int | None = Field(default=None, ge=8)
     """Prompt and answer together; by default what the model was made for."""
+    max_step_tokens: int = Field(default=256, ge=1, le=65_536)
+    """Tokens of one step: one of each sequence that is generating, the rest from prompts, which are read in pieces."""
+    kv_cache_bytes: int = Field(default=2**30, ge=1)
+    """Budget of the keys and values of all sequences; at least what one of the longest takes."""
+    reuse_prefixes: bool = True
+    """Keep the keys and values of ended sequences for others that begin alike, while nothing else needs the room."""
     adapter_bytes: int = Field(default=2**30, ge=1)
     """Budget of the slot bank: adapters resident beside the base."""
+
+    @model_validator(mode="after")
+    def _steps_hold_a_batch(self) -> Self:
+        if self.max_step_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_step_tokens is {self.max_step_tokens}, below max_batch_size, {self.max_batch_size}; expected at "
+                "least one token for every sequence of a batch"
+            )
+        return self
 
 
 class RouterSettings(_Settings):
@@ -169,6 +188,8 @@ class AppSettings(_Settings):
     """Folder of a trained system; by default artifacts/starter, or the root that `base` lies in."""
     base: str | None = None
     """Folder of another causal language model in Hugging Face's format; by default the root's own."""
+    quantization: Quantization | None = None
+    """Serve the base's int8 or int4 form, which `zephyra quantize` wrote; by default its floats."""
     shards: int = Field(default=2, ge=1, le=1024)
     """Adapter shards."""
     replicas: int = Field(default=1, ge=1, le=1024)
@@ -204,6 +225,11 @@ def absolute(path: str | Path) -> Path:
 def ray_address() -> str | None:
     """Where `ray job submit` said the cluster is; None outside a job."""
     return os.environ.get("RAY_ADDRESS")
+
+
+def cache_folder() -> Path:
+    """Where what was built for this machine is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zephyra"
 
 
 def put_first_on_path(folder: Path) -> None:

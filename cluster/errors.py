@@ -15,6 +15,7 @@
     ├── PortTaken               another process listens where we were to
     ├── PeerRefused             a caller from another machine where only this one is served
     ├── Overloaded              the queue is full: try again later
+    ├── DeadlineExceeded        the time that the request gave itself is over
     ├── RouterUnavailable       the router does not answer
     ├── AdapterUnavailable      the shard that holds an adapter does not answer
     └── ReplicaLost             the base replica died and its answer could not be resumed
@@ -85,6 +86,10 @@ class PeerRefused(ZephyraError):
 
 class Overloaded(ZephyraError):
     """The queue is full: try again later."""
+
+
+class DeadlineExceeded(ZephyraError):
+    """The time that the request gave itself is over."""
 
 
 class RouterUnavailable(ZephyraError):

@@ -23,6 +23,15 @@ MAX_MIXTURE_ENTRIES = 1024
 WEIGHT_STEP = 1 / 64
 """The router's weights are multiples of this, so that mixtures recur and what they need can be cached."""
 
+SEEDS = 2**63
+"""How many seeds there are, from 0."""
+
+MAX_CHOICES = 16
+"""The most answers to one prompt that one request may ask for."""
+
+MAX_TIMEOUT_S = 86_400.0
+"""A day."""
+
 _VERSION_PATTERN = re.compile(r"0|[1-9][0-9]{0,17}")
 _DOMAIN_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
@@ -109,18 +118,54 @@ class SamplingParams:
     """The same seed, prompt and mixture give the same tokens, whatever runs beside them."""
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these; at most 16."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the likeliest one's probability, from 0 to 1."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens in the prompt and the answer so far, multiplies negative ones; from 0.01 to 100."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the answer so far, from -2 to 2."""
+    frequency_penalty: float = 0.0
+    """The same, times how often the token occurs in the answer so far."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, each once, and what is added to their logits, from -100 to 100; at most 300."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Generation ends with the first of these, as with the model's own end; at most 64."""
+    ignore_eos: bool = False
+    """The model's own end ends nothing."""
+    logprobs: int | None = None
+    """Report each token's log-probability and so many likeliest tokens', 0 to 20, before bias, penalties and
+    temperature; none for neither."""
 
     def __post_init__(self) -> None:
+        biased = [token_id for token_id, _ in self.logit_bias]
+        bias_ok = len(set(biased)) == len(biased) and all(-100 <= bias <= 100 for _, bias in self.logit_bias)
         for name, value, ok, expected in (
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
             ("temperature", self.temperature, 0 <= self.temperature <= 10, "a number from 0 to 10"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
-            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "0 to 2**63-1, or none"),
+            ("seed", self.seed, self.seed is None or 0 <= self.seed < SEEDS, "0 to 2**63-1, or none"),
             ("stop", self.stop, len(self.stop) <= 16 and all(self.stop), "at most 16 strings, none empty"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
+            ("presence_penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2, "a number from -2 to 2"),
+            ("frequency_penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2, "a number from -2 to 2"),
+            ("logit_bias", self.logit_bias, len(biased) <= 300, "at most 300 tokens"),
+            ("logit_bias", self.logit_bias, bias_ok, "each token once, with a number from -100 to 100"),
+            ("stop_token_ids", self.stop_token_ids, len(self.stop_token_ids) <= 64, "at most 64 tokens"),
+            ("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "0 to 20, or none"),
         ):
             if not ok:
                 raise InvalidInput(f"{name} is {value!r}; expected {expected}.")
+
+
+def check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
+    """Raise `InvalidInput` if `sampling` names a token that a model of so many tokens does not have."""
+    named = {"logit_bias": [token_id for token_id, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_token_ids}
+    for name, token_ids in named.items():
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidInput(f"{name} names token {token_id}; the model's tokens are 0 to {vocab_size - 1}.")
 
 
 class Role(Enum):
@@ -180,6 +225,22 @@ class ClientRequest:
     mixture: Mapping[str, float] | None = None
     """Domain to weight: overrides `model` and skips the router. Names may be `domain` or `domain@version`."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    num_choices: int = 1
+    """So many answers to the one prompt, at most `MAX_CHOICES`; with a seed, each has the one after the last one's."""
+    priority: int = 0
+    """Lower goes first."""
+    timeout_s: float | None = None
+    """Give the request up, with `DeadlineExceeded`, when it has not been answered by then; at most a day."""
+
+    def __post_init__(self) -> None:
+        timeout_ok = self.timeout_s is None or 0 < self.timeout_s <= MAX_TIMEOUT_S
+        for name, value, ok, expected in (
+            ("n", self.num_choices, 1 <= self.num_choices <= MAX_CHOICES, f"1 to {MAX_CHOICES}"),
+            ("priority", self.priority, -(2**31) <= self.priority < 2**31, "-2**31 to 2**31-1"),
+            ("timeout_s", self.timeout_s, timeout_ok, f"above 0 and at most {MAX_TIMEOUT_S:g} seconds, or none"),
+        ):
+            if not ok:
+                raise InvalidInput(f"{name} is {value!r}; expected {expected}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +251,10 @@ class GenerateRequest:
     prompt: Prompt
     mixture: Mixture
     sampling: SamplingParams
+    priority: int = 0
+    """Lower goes first."""
+    timeout_s: float | None = None
+    """From its arrival at the engine; `DeadlineExceeded` ends it after that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,13 +273,28 @@ class FinishReason(Enum):
     """Why a sequence ended."""
 
     STOP = "stop"
-    """The model ended its answer, or a stop string was reached."""
+    """The model ended its answer, or a stop string or stop token was reached."""
     LENGTH = "length"
     """max_tokens were generated."""
     CANCELLED = "cancelled"
     """The client left."""
     ERROR = "error"
     """The model gave something that is not a number; nothing more can be drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token and how likely the model held it to be, whatever was then made of that to draw one."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm of its probability."""
+    text: str
+    """For people: bytes that are no character are written as \\xe2, a special token as its name."""
+    text_bytes: bytes | None
+    """What it adds to the answer; None for a special token, which adds nothing."""
+    top: tuple["TokenLogprob", ...] = ()
+    """The likeliest tokens at its position, as many as were asked for, likeliest first; their own `top` is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,3 +307,5 @@ class TokenChunk:
     """Set on the last chunk only."""
     prompt_tokens: int = 0
     """Length of the prompt; set on the last chunk."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One per token id, if the request asked for them."""

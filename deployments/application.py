@@ -11,7 +11,8 @@ import cluster
 from cluster.config import CHECKOUT, AppSettings
 from cluster.errors import InvalidInput
 from deployments.adapter_shard import AdapterShard
-from deployments.base_replica import BaseReplica, base_folder
+from deployments.base_folder import base_folder
+from deployments.base_replica import BaseReplica
 from deployments.coordinator import Coordinator
 from deployments.ingress import Ingress
 from deployments.router import Router
@@ -23,7 +24,7 @@ _SHARDS_CPUS = 0.4
 
 
 def build(settings: AppSettings) -> Application:
-    """The application for these settings. Raises `NotTrained` before anything starts when the root holds no base."""
+    """The application for these settings. Raises `NotTrained` before anything starts when there is no such base."""
     check_packages()
     base_folder(settings)
     return bind(settings)

@@ -4,41 +4,23 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from pathlib import Path
 
 import torch
 
 from cluster.config import AppSettings
 from cluster.engine.engine import Engine, EngineStats
-from cluster.errors import AdapterUnavailable, NotTrained, ZephyraError
-from cluster.lora.catalog import Catalog
+from cluster.errors import AdapterUnavailable, ZephyraError
 from cluster.lora.peft_format import unpack
 from cluster.lora.weights import AdapterWeights
 from cluster.messages import AdapterRef, GenerateRequest, TokenChunk
 from cluster.model.base import load_base
 from deployments import calls
 from deployments.adapter_shard import Fetched
+from deployments.base_folder import base_folder
 from deployments.engine_loop import EngineLoop, Loaded
 
 COORDINATOR_WAIT_S = 5.0
 """Longer than the coordinator waits for a shard and than Serve takes to replace a coordinator that died."""
-
-
-def base_folder(settings: AppSettings) -> Path:
-    """The base to serve. Raises `NotTrained` when the root holds none and no other was named."""
-    if (named := settings.resolved_base()) is not None:
-        folder = named
-    else:
-        root = settings.resolved_root()
-        if (version := Catalog(root).load().base) is None:
-            raise NotTrained(
-                f"The root {settings.root or settings.base or root.name!r} holds no base; train one with "
-                "`zephyra train all`, or name another with root=... or base=...."
-            )
-        folder = root / "base" / str(version)
-    if not (folder / "config.json").is_file():
-        raise NotTrained(f"There is no model in {settings.base or folder.name!r}; name a folder with a config.json.")
-    return folder
 
 
 class BaseReplica:

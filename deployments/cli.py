@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cluster.config import DEFAULT_ROOT, AppSettings, StageSettings, absolute
+from cluster.config import DEFAULT_ROOT, AppSettings, Quantization, StageSettings, absolute
 from cluster.errors import InvalidInput, StageOrder, ZephyraError
 
 app = typer.Typer(
@@ -37,6 +37,9 @@ def _errors() -> Iterator[None]:
 def serve(
     root: Annotated[str | None, typer.Option(help="Folder of a trained system; by default the starter.")] = None,
     base: Annotated[str | None, typer.Option(help="Folder of another base, in Hugging Face's format.")] = None,
+    quantization: Annotated[
+        Quantization | None, typer.Option(help="What `zephyra quantize` wrote; by default the base's floats.")
+    ] = None,
     shards: Annotated[int, typer.Option(min=1, max=1024)] = 2,
     replicas: Annotated[int, typer.Option(min=1, max=1024, help="Base replicas.")] = 1,
     port: Annotated[int, typer.Option(help="HTTP, on 127.0.0.1.")] = 8000,
@@ -52,7 +55,7 @@ def serve(
         ports.check_free()
         if root is None and base is None and not is_trained(absolute(DEFAULT_ROOT)):
             _train_all(STARTER, None, None, again=False)
-        settings = AppSettings(root=root, base=base, shards=shards, replicas=replicas)
+        settings = AppSettings(root=root, base=base, quantization=quantization, shards=shards, replicas=replicas)
         console.print(f"starting the cluster: 1 router, {replicas} base replica(s), {shards} adapter shards ...")
         with serving(settings, ports, quiet=True):
             _print_invitation(ports.http, ports.grpc, dashboard_port)
@@ -159,6 +162,29 @@ def evaluate(
         target = Path(out).resolve() if out else place / "evaluation.json"
         target.write_text(json.dumps(report.as_json(), indent=2))
         console.print(f"written to {target}")
+
+
+@app.command()
+def quantize(
+    bits: Annotated[int, typer.Option(help="8 or 4 per weight.")],
+    root: Annotated[str | None, typer.Option(help="The system whose base it is; by default the starter.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder of another base, in Hugging Face's format.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Where to write; by default beside the base, where it is looked for.")
+    ] = None,
+) -> None:
+    """Write the base with 8 or 4 bits per weight, for `zephyra serve --quantization`. The same adapters fit."""
+    from deployments.base_folder import write_quantized
+
+    with _errors():
+        by_bits: dict[int, Quantization] = {8: "int8", 4: "int4"}
+        if (quantization := by_bits.get(bits)) is None:
+            raise InvalidInput(f"--bits is {bits}; expected 8 or 4.")
+        form = write_quantized(
+            AppSettings(root=root, base=base), quantization, Path(output).resolve() if output else None
+        )
+        done = "written to" if form.is_new else "it is there already:"
+        print(f"{done} {form.folder} ({form.num_bytes / 1e6:.1f} MB)")
 
 
 @app.command()

@@ -1,12 +1,13 @@
 """Runs an engine's steps in a thread of its own and carries chunks to the event loop. Knows nothing of Ray.
 
 A step of the model would block the loop, and with it every other request of the replica. Only its thread touches the
-engine; everything else reaches it as a job in the inbox.
+engine, but for `prepare_adapter`; everything else reaches it as a job in the inbox.
 """
 
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ from functools import partial
 
 from cluster.engine.engine import Engine, EngineStats, StepOutput
 from cluster.errors import AdapterUnavailable, ReplicaLost, ZephyraError
-from cluster.lora.weights import AdapterWeights
+from cluster.lora.weights import AdapterWeights, Resident
 from cluster.messages import AdapterRef, GenerateRequest, TokenChunk
 
 logger = logging.getLogger("ray.serve")
@@ -116,8 +117,12 @@ class EngineLoop:
     def _take_jobs(self) -> bool:
         """Do what came in since the last step, waiting for something when there is nothing to do; False to stop."""
         with self._wake:
+            if not (self._inbox or self._stopping or self._engine.has_work):
+                # The moment to look at itself: nobody waits for it.
+                self._engine.check_integrity()
             while not (self._inbox or self._stopping or self._engine.has_work):
-                self._wake.wait()
+                deadline_s = self._engine.next_deadline_s
+                self._wake.wait(None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
             jobs = list(self._inbox)
             self._inbox.clear()
         for job in jobs:
@@ -166,7 +171,9 @@ class EngineLoop:
         try:
             async for ref, loaded in self._fetch(refs):
                 left.discard(ref)
-                self._send(partial(self._take_adapter, ref, loaded))
+                # Beside the engine's thread: checking and copying an adapter takes as long as a step.
+                prepared = await asyncio.to_thread(self._prepared, ref, loaded)
+                self._send(partial(self._take_adapter, ref, prepared))
         except ZephyraError as error:
             why = error
         except Exception:
@@ -175,19 +182,31 @@ class EngineLoop:
         for ref in left:
             self._send(partial(self._take_adapter, ref, why))
 
-    def _take_adapter(self, ref: AdapterRef, loaded: AdapterWeights | ZephyraError) -> None:
+    def _prepared(self, ref: AdapterRef, loaded: AdapterWeights | ZephyraError) -> Resident | ZephyraError:
+        if isinstance(loaded, ZephyraError):
+            return loaded
+        try:
+            return self._engine.prepare_adapter(ref, loaded)
+        except ZephyraError as error:
+            return error
+
+    def _take_adapter(self, ref: AdapterRef, prepared: Resident | ZephyraError) -> None:
         self._fetching.discard(ref)
-        if isinstance(loaded, AdapterWeights):
+        if not isinstance(prepared, ZephyraError):
             try:
-                self._engine.add_adapter(ref, loaded)
+                self._engine.add_prepared(ref, prepared)
                 return
             except ZephyraError as error:
-                loaded = error
+                prepared = error
         dropped = self._engine.fail_adapter(ref)
-        self._loop.call_soon_threadsafe(self._put_error, dropped, loaded)
+        self._loop.call_soon_threadsafe(self._put_error, dropped, prepared)
 
 
 def _joined(first: TokenChunk, second: TokenChunk) -> TokenChunk:
     return TokenChunk(
-        first.token_ids + second.token_ids, first.text + second.text, second.finish_reason, second.prompt_tokens
+        first.token_ids + second.token_ids,
+        first.text + second.text,
+        second.finish_reason,
+        second.prompt_tokens,
+        first.logprobs + second.logprobs,
     )

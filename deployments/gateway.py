@@ -3,15 +3,17 @@
 Knows nothing of HTTP, gRPC or OpenAI's shapes; those are translated to and from what is here.
 """
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.errors import InvalidMixture, ReplicaLost, RouterUnavailable, UnknownDomain, UnknownModel
+from cluster.errors import DeadlineExceeded, InvalidMixture, ReplicaLost, RouterUnavailable, UnknownDomain, UnknownModel
 from cluster.lora.catalog import Catalog, CatalogState
 from cluster.messages import (
+    SEEDS,
     AdapterRef,
     ClientRequest,
     GenerateRequest,
@@ -46,22 +48,32 @@ class Routing:
     """What asking the router took, the way there and back included; 0 when it was not asked."""
 
 
-class Answer:
-    """An answer under way. Its first chunk is there already, so whatever was wrong with the request has been raised.
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A chunk of one of the choices."""
 
-    Must be closed (`contextlib.aclosing`): closing it early takes the sequence out of the batch.
+    index: int
+    """Which choice, from 0."""
+    chunk: TokenChunk
+
+
+class Answer:
+    """An answer under way: one choice, or several to one prompt, whose pieces come as they are made.
+
+    The first piece is there already, so whatever was wrong with the request has been raised. Must be closed
+    (`contextlib.aclosing`): closing it early takes all its sequences out of the batch.
     """
 
-    def __init__(self, routing: Routing, first: TokenChunk, rest: AsyncGenerator[TokenChunk, None]) -> None:
+    def __init__(self, routing: Routing, first: Piece, rest: AsyncGenerator[Piece, None]) -> None:
         self.routing = routing
         self._first = first
         self._rest = rest
 
-    async def chunks(self) -> AsyncIterator[TokenChunk]:
-        """All chunks, once."""
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """All pieces, once. An error of one choice ends all of them."""
         yield self._first
-        async for chunk in self._rest:
-            yield chunk
+        async for piece in self._rest:
+            yield piece
 
     async def aclose(self) -> None:
         """Give up on what has not come yet."""
@@ -98,12 +110,12 @@ class Gateway:
     async def answer(self, request: ClientRequest) -> Answer:
         """Start answering. Raises the `ZephyraError` that says what is wrong with the request or with the cluster."""
         check_prompt(request.prompt)
+        start_s = time.perf_counter()
         routing = await self._routing(request)
-        # The client's own request id may come twice; the engine's may not.
-        resolved = GenerateRequest(uuid.uuid4().hex, request.prompt, routing.mixture, request.sampling)
+        resolved = _resolved(request, routing.mixture, elapsed_s=time.perf_counter() - start_s)
         lost = ReplicaLost("The base replica died before the answer was complete; send the request again.")
-        chunks: AsyncGenerator[TokenChunk, None] = calls.stream(self._generate, resolved, lost=lost)
-        return Answer(routing, await anext(chunks), chunks)
+        pieces = _interleaved([calls.stream(self._generate, one, lost=lost) for one in resolved])
+        return Answer(routing, await anext(pieces), pieces)
 
     async def route(self, prompt: Prompt) -> Routing:
         """What the router would answer `prompt` with."""
@@ -165,3 +177,44 @@ class Gateway:
         known = {domain: weight for domain, weight in weights.items() if domain in self.state.adapters}
         total = 1.0 if len(known) == len(weights) else sum(known.values())
         return Mixture.of({self.state.ref(domain): weight / total for domain, weight in known.items()})
+
+
+def _resolved(request: ClientRequest, mixture: Mixture, elapsed_s: float) -> list[GenerateRequest]:
+    """One request per choice. Raises `DeadlineExceeded` if the time before this has used up the client's."""
+    left_s = None if request.timeout_s is None else request.timeout_s - elapsed_s
+    if left_s is not None and left_s <= 0:
+        raise DeadlineExceeded(f"The request was not routed within its timeout_s of {request.timeout_s:g}; allow more.")
+    seed = request.sampling.seed
+    return [
+        # The client's own request id may come twice; the engine's may not.
+        GenerateRequest(
+            uuid.uuid4().hex,
+            request.prompt,
+            mixture,
+            # Without a seed the engine gives each its own.
+            request.sampling if seed is None else replace(request.sampling, seed=(seed + index) % SEEDS),
+            request.priority,
+            left_s,
+        )
+        for index in range(request.num_choices)
+    ]
+
+
+async def _interleaved(streams: Sequence[AsyncGenerator[TokenChunk, None]]) -> AsyncGenerator[Piece, None]:
+    """The chunks of all streams as they come. An error of one, or closing this early, ends them all."""
+    awaited = {asyncio.ensure_future(anext(stream, None)): index for index, stream in enumerate(streams)}
+    try:
+        while awaited:
+            done, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=awaited.__getitem__):
+                chunk = await task
+                index = awaited.pop(task)
+                if chunk is not None:
+                    awaited[asyncio.ensure_future(anext(streams[index], None))] = index
+                    yield Piece(index, chunk)
+    finally:
+        for task in awaited:
+            task.cancel()
+        await asyncio.gather(*awaited, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()

@@ -18,6 +18,7 @@ from cluster.messages import (
     Role,
     SamplingParams,
     TokenChunk,
+    TokenLogprob,
 )
 from deployments.gateway import BASE_MODEL, ROUTED_MODEL, Gateway, Routing
 from deployments.protos import zephyra_pb2 as pb
@@ -30,6 +31,19 @@ _ROLES = {
     pb.Message.ROLE_USER: Role.USER,
     pb.Message.ROLE_ASSISTANT: Role.ASSISTANT,
 }
+_OPTIONAL_SAMPLING_FIELDS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logprobs",
+)
+"""Named in the proto as in `SamplingParams`."""
 _FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -45,18 +59,23 @@ async def generate(
     """The answer as it is made: routing on the first chunk, usage on the last."""
     with _errors_to(context):
         check_peer(context.peer())
-        answer = await gateway.answer(client_request(request))
-        completion_tokens = 0
+        asked = client_request(request)
+        answer = await gateway.answer(asked)
+        completion_tokens, num_open = 0, asked.num_choices
         routing: pb.Routing | None = _routing(answer.routing)
         async with aclosing(answer):
-            async for chunk in answer.chunks():
+            async for piece in answer.pieces():
+                chunk = piece.chunk
                 completion_tokens += len(chunk.token_ids)
+                num_open -= chunk.finish_reason is not None
                 yield pb.GenerateChunk(
+                    index=piece.index,
                     token_ids=chunk.token_ids,
                     text=chunk.text,
                     finish_reason=_FINISH_REASONS[chunk.finish_reason],
+                    logprobs=map(_token_logprob, chunk.logprobs),
                     routing=routing,
-                    usage=_usage(chunk, completion_tokens) if chunk.finish_reason else None,
+                    usage=None if num_open else _usage(chunk, completion_tokens),
                 )
                 routing = None
 
@@ -65,17 +84,15 @@ async def complete(gateway: Gateway, request: pb.GenerateRequest, context: RaySe
     """The whole answer."""
     with _errors_to(context):
         check_peer(context.peer())
-        answer = await gateway.answer(client_request(request))
-        reply = pb.Completion(routing=_routing(answer.routing))
-        texts: list[str] = []
+        asked = client_request(request)
+        answer = await gateway.answer(asked)
+        chunks: list[list[TokenChunk]] = [[] for _ in range(asked.num_choices)]
         async with aclosing(answer):
-            async for chunk in answer.chunks():
-                reply.token_ids.extend(chunk.token_ids)
-                texts.append(chunk.text)
-        reply.text = "".join(texts)
-        reply.finish_reason = _FINISH_REASONS[chunk.finish_reason]
-        reply.usage.CopyFrom(_usage(chunk, len(reply.token_ids)))
-        return reply
+            async for piece in answer.pieces():
+                chunks[piece.index].append(piece.chunk)
+        choices = [_choice(of_one) for of_one in chunks]
+        usage = _usage(chunks[0][-1], sum(len(choice.token_ids) for choice in choices))
+        return pb.Completion(choices=choices, routing=_routing(answer.routing), usage=usage)
 
 
 async def route(gateway: Gateway, request: pb.RouteRequest, context: RayServegRPCContext) -> pb.Routing:
@@ -102,16 +119,23 @@ _LOOPBACK_6 = ("%5B::1%5D", "[::1]", "%5B::ffff:127.0.0.1%5D", "[::ffff:127.0.0.
 
 def client_request(request: pb.GenerateRequest) -> ClientRequest:
     """The request in our own words. Raises `InvalidInput` for a value that cannot be."""
-    prompt, sampling = _prompt(request), _sampling(request.sampling)
+    model, mixture = ROUTED_MODEL, None
     match request.WhichOneof("model"):
         case "mixture":
-            return ClientRequest(prompt, mixture=_weights(request.mixture), sampling=sampling)
+            mixture = _weights(request.mixture)
         case "domain":
-            return ClientRequest(prompt, f"{ROUTED_MODEL}:{request.domain}", sampling=sampling)
+            model = f"{ROUTED_MODEL}:{request.domain}"
         case "base":
-            return ClientRequest(prompt, BASE_MODEL, sampling=sampling)
-        case _:
-            return ClientRequest(prompt, ROUTED_MODEL, sampling=sampling)
+            model = BASE_MODEL
+    return ClientRequest(
+        _prompt(request),
+        model,
+        mixture,
+        _sampling(request.sampling),
+        num_choices=request.n if request.HasField("n") else 1,
+        priority=request.priority,
+        timeout_s=request.timeout_s if request.HasField("timeout_s") else None,
+    )
 
 
 def _prompt(request: pb.GenerateRequest | pb.RouteRequest) -> Prompt:
@@ -126,12 +150,13 @@ def _prompt(request: pb.GenerateRequest | pb.RouteRequest) -> Prompt:
 
 
 def _sampling(sampling: pb.Sampling) -> SamplingParams:
-    given = {
-        name: getattr(sampling, name)
-        for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")
-        if sampling.HasField(name)
-    }
-    return SamplingParams(stop=tuple(sampling.stop), **given)
+    return SamplingParams(
+        stop=tuple(sampling.stop),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        ignore_eos=sampling.ignore_eos,
+        **{name: getattr(sampling, name) for name in _OPTIONAL_SAMPLING_FIELDS if sampling.HasField(name)},
+    )
 
 
 def _weights(mixture: pb.Mixture) -> dict[str, float]:
@@ -155,6 +180,25 @@ def _mixture(mixture: Mixture) -> pb.Mixture:
         entries=[
             pb.MixtureEntry(domain=ref.domain, version=ref.version, weight=weight) for ref, weight in mixture.entries
         ]
+    )
+
+
+def _choice(chunks: list[TokenChunk]) -> pb.Choice:
+    return pb.Choice(
+        token_ids=[token_id for chunk in chunks for token_id in chunk.token_ids],
+        text="".join(chunk.text for chunk in chunks),
+        finish_reason=_FINISH_REASONS[chunks[-1].finish_reason],
+        logprobs=[_token_logprob(token) for chunk in chunks for token in chunk.logprobs],
+    )
+
+
+def _token_logprob(token: TokenLogprob) -> pb.TokenLogprob:
+    return pb.TokenLogprob(
+        token_id=token.token_id,
+        logprob=token.logprob,
+        text=token.text,
+        text_bytes=token.text_bytes,
+        top=map(_token_logprob, token.top),
     )
 
 

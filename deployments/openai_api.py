@@ -9,8 +9,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,15 +19,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from cluster.errors import Overloaded, ZephyraError
-from cluster.messages import FinishReason, TokenChunk
 from deployments.body_limit import BodyLimit
 from deployments.gateway import Answer, Gateway, Routing
+from deployments.openai_answers import Json, Reply
 from deployments.openai_messages import ChatBody, CompletionBody, RouteBody, sentence
 from deployments.status import code_of, message_of, status_of
 
 logger = logging.getLogger("ray.serve")
-
-Json = Mapping[str, Any]
 
 _RETRY_AFTER_S = 1
 _BODIES: Mapping[str, type[BaseModel]] = {
@@ -52,12 +48,12 @@ def build_api(gateway: Gateway) -> FastAPI:
     @api.post("/v1/completions", response_model=None)
     async def completions(body: CompletionBody) -> Response:
         answer = await gateway.answer(body.translate())
-        return await _respond(answer, _Completion(f"cmpl-{uuid.uuid4().hex}", body.model), body)
+        return await _respond(answer, body)
 
     @api.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatBody) -> Response:
         answer = await gateway.answer(body.translate())
-        return await _respond(answer, _Chat(f"chatcmpl-{uuid.uuid4().hex}", body.model), body)
+        return await _respond(answer, body)
 
     @api.post("/v1/route", response_model=None)
     async def route(body: RouteBody) -> Json:
@@ -82,66 +78,14 @@ def build_api(gateway: Gateway) -> FastAPI:
     return api
 
 
-@dataclass(frozen=True, slots=True)
-class _Completion:
-    """The shapes of /v1/completions."""
-
-    id: str
-    model: str
-
-    def whole(self, text: str, finish_reason: str) -> Json:
-        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-        return self._frame("text_completion", [choice])
-
-    def piece(self, text: str, finish_reason: str | None, is_first: bool) -> Json:
-        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-        return self._frame("text_completion", [choice])
-
-    def end(self) -> Json:
-        return self._frame("text_completion", [])
-
-    def _frame(self, kind: str, choices: list[Json]) -> Json:
-        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model, "choices": choices}
-
-
-@dataclass(frozen=True, slots=True)
-class _Chat:
-    """The shapes of /v1/chat/completions."""
-
-    id: str
-    model: str
-
-    def whole(self, text: str, finish_reason: str) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return self._frame("chat.completion", [choice])
-
-    def piece(self, text: str, finish_reason: str | None, is_first: bool) -> Json:
-        delta = {"role": "assistant", "content": text} if is_first else {"content": text}
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self._frame("chat.completion.chunk", [choice])
-
-    def end(self) -> Json:
-        return self._frame("chat.completion.chunk", [])
-
-    def _frame(self, kind: str, choices: list[Json]) -> Json:
-        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model, "choices": choices}
-
-
-_Shape = _Completion | _Chat
-
-
-async def _respond(answer: Answer, shape: _Shape, body: CompletionBody | ChatBody) -> Response:
+async def _respond(answer: Answer, body: CompletionBody | ChatBody) -> Response:
+    reply = Reply(body)
     if body.stream:
-        return _EventStream(_events(answer, shape, body.wants_usage))
-    texts: list[str] = []
-    completion_tokens = 0
+        return _EventStream(_events(answer, reply, body.wants_usage))
     async with aclosing(answer):
-        async for chunk in answer.chunks():
-            texts.append(chunk.text)
-            completion_tokens += len(chunk.token_ids)
-    whole = shape.whole("".join(texts), _finish_reason(chunk))
-    return JSONResponse({**whole, "usage": _usage(chunk, completion_tokens), "zephyra": _routing_json(answer.routing)})
+        async for piece in answer.pieces():
+            reply.add(piece.index, piece.chunk)
+    return JSONResponse({**reply.whole(), "zephyra": _routing_json(answer.routing)})
 
 
 class _EventStream(StreamingResponse):
@@ -163,41 +107,25 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive_until_gone, send)
 
 
-async def _events(answer: Answer, shape: _Shape, wants_usage: bool) -> AsyncGenerator[str, None]:
-    completion_tokens = 0
+async def _events(answer: Answer, reply: Reply, wants_usage: bool) -> AsyncGenerator[str, None]:
     is_first = True
     async with aclosing(answer):
         try:
-            async for chunk in answer.chunks():
-                completion_tokens += len(chunk.token_ids)
-                # Tokens whose bytes do not make a character yet have no text.
-                if chunk.text or is_first or chunk.finish_reason:
-                    piece = shape.piece(chunk.text, _finish_reason(chunk) if chunk.finish_reason else None, is_first)
-                    yield _event({**piece, "zephyra": _routing_json(answer.routing)} if is_first else piece)
+            async for piece in answer.pieces():
+                if (event := reply.add(piece.index, piece.chunk)) is not None:
+                    yield _event({**event, "zephyra": _routing_json(answer.routing)} if is_first else event)
                     is_first = False
         except ZephyraError as error:
             # The status is out already; the stream itself must say what went wrong.
             yield _event(_error_json(message_of(error), status_of(error).openai_type, code_of(error)))
             return
     if wants_usage:
-        yield _event({**shape.end(), "usage": _usage(chunk, completion_tokens)})
+        yield _event(reply.usage_event())
     yield "data: [DONE]\n\n"
 
 
 def _event(content: Json) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
-
-
-def _finish_reason(chunk: TokenChunk) -> str:
-    return (chunk.finish_reason or FinishReason.ERROR).value
-
-
-def _usage(last: TokenChunk, completion_tokens: int) -> Json:
-    return {
-        "prompt_tokens": last.prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": last.prompt_tokens + completion_tokens,
-    }
 
 
 def _routing_json(routing: Routing) -> Json:

@@ -3,6 +3,7 @@
 Unknown fields are refused: a misspelt one would otherwise be ignored without a word.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,18 @@ from cluster.errors import InvalidInput
 from cluster.messages import ChatMessage, ClientRequest, Prompt, Role, SamplingParams
 
 _MAX_QUOTED_CHARACTERS = 80
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "ignore_eos",
+)
+"""Named here as in `SamplingParams`."""
 
 
 class _Body(BaseModel):
@@ -47,8 +60,24 @@ class _Generation(_Body):
     """Ours: draw from the k likeliest tokens; 0, the default, for all."""
     seed: int | None = None
     stop: str | list[str] | None = None
-    n: Literal[1] | None = None
-    """One answer per request."""
+    stop_token_ids: list[int] | None = None
+    """As vLLM's: the answer ends with the first of these."""
+    min_p: float | None = None
+    """As vLLM's: leave out tokens less likely than this share of the likeliest one's probability."""
+    repetition_penalty: float | None = None
+    """As vLLM's, over the prompt and the answer; 1, the default, changes nothing."""
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    """Token ids, as strings, and what is added to their logits."""
+    ignore_eos: bool | None = None
+    """As vLLM's: go on past the model's own end, up to max_tokens."""
+    n: int | None = None
+    """So many answers, each with an index."""
+    priority: int | None = None
+    """As vLLM's: lower goes first."""
+    timeout_s: float | None = None
+    """Ours: give up, with status 504, when the answer is not complete by then."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -59,30 +88,43 @@ class _Generation(_Body):
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def client_request(self, prompt: Prompt, max_tokens: int | None) -> ClientRequest:
+    @property
+    def num_choices(self) -> int:
+        """How many answers are asked for."""
+        return 1 if self.n is None else self.n
+
+    def client_request(self, prompt: Prompt, max_tokens: int | None, logprobs: int | None) -> ClientRequest:
         """This request in our own words. Raises `InvalidInput` for a value out of its range."""
         if self.stream_options is not None and not self.stream:
             raise InvalidInput("stream_options is given, stream is false; leave it out or set stream to true.")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        given = {
-            "max_tokens": max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
-        chosen: Any = {name: value for name, value in given.items() if value is not None}
-        sampling = SamplingParams(seed=self.seed, stop=stop, **chosen)
-        return ClientRequest(prompt, self.model, self.mixture, sampling)
+        sampling = SamplingParams(
+            seed=self.seed,
+            stop=stop,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias=token_biases(self.logit_bias or {}),
+            logprobs=logprobs,
+            **_present(max_tokens=max_tokens, **{name: getattr(self, name) for name in _SAMPLING_FIELDS}),
+        )
+        limits = _present(num_choices=self.n, priority=self.priority, timeout_s=self.timeout_s)
+        return ClientRequest(prompt, self.model, self.mixture, sampling, **limits)
 
 
 class CompletionBody(_Generation):
     """The body of POST /v1/completions."""
 
     prompt: str
+    logprobs: int | None = None
+    """Report each token's log-probability, and those of so many likeliest tokens."""
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer reports log-probabilities."""
+        return self.logprobs is not None
 
     def translate(self) -> ClientRequest:
         """As a `ClientRequest`. Raises `InvalidInput`."""
-        return self.client_request(self.prompt, self.max_tokens)
+        return self.client_request(self.prompt, self.max_tokens, self.logprobs)
 
 
 class ChatBody(_Generation):
@@ -91,13 +133,25 @@ class ChatBody(_Generation):
     messages: list[Message]
     max_completion_tokens: int | None = None
     """OpenAI's newer name for max_tokens."""
+    logprobs: bool | None = None
+    """Report each token's log-probability."""
+    top_logprobs: int | None = None
+    """And those of so many likeliest tokens."""
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer reports log-probabilities."""
+        return bool(self.logprobs)
 
     def translate(self) -> ClientRequest:
         """As a `ClientRequest`. Raises `InvalidInput`."""
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
             raise InvalidInput(f"max_tokens is {old} and max_completion_tokens is {new}; give one of them.")
-        return self.client_request(chat(self.messages), new if new is not None else old)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidInput(f"top_logprobs is {self.top_logprobs}, logprobs is not true; set it, or leave both out.")
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.client_request(chat(self.messages), new if new is not None else old, logprobs)
 
 
 class RouteBody(_Body):
@@ -118,6 +172,19 @@ def chat(messages: Sequence[Message]) -> Prompt:
     return tuple(ChatMessage(Role(message.role), message.content) for message in messages)
 
 
+def token_biases(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """OpenAI's logit_bias in our own words. Raises `InvalidInput` for a key that is no token id."""
+    for key in biases:
+        if not _TOKEN_ID.fullmatch(key):
+            raise InvalidInput(f"logit_bias has the key {_quoted(key)}; expected token ids as strings, such as '17'.")
+    return tuple(sorted((int(key), bias) for key, bias in biases.items()))
+
+
+def _present(**values: Any) -> Any:
+    """Those that were given: null, as OpenAI's clients send it, means the default."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def sentence(problem: Mapping[str, Any], fields: Sequence[str]) -> str:
     """One of pydantic's complaints about a body, as a sentence for the client. `fields` are those the body may have."""
     path = [str(part) for part in problem["loc"] if part != "body"]
@@ -131,11 +198,15 @@ def sentence(problem: Mapping[str, Any], fields: Sequence[str]) -> str:
         return f"There is no field {where!r}{known}."
     if problem["type"] == "missing":
         return f"The field {where!r} is missing; give it."
-    quoted = repr(problem["input"])
-    if len(quoted) > _MAX_QUOTED_CHARACTERS:
-        quoted = f"{quoted[:_MAX_QUOTED_CHARACTERS]}..."
+    quoted = _quoted(problem["input"])
     if path[0] == "stop":
         # pydantic complains once per member of the union, under its name.
         return f"The field 'stop' holds {quoted}; expected a string or a list of strings."
     expected = problem["msg"].removeprefix("Input should be ")
     return f"The field {where!r} is {quoted}; expected {expected}."
+
+
+def _quoted(value: object) -> str:
+    """What was given, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= _MAX_QUOTED_CHARACTERS else f"{text[:_MAX_QUOTED_CHARACTERS]}..."

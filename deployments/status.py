@@ -42,6 +42,7 @@ STATUS: dict[type[errors.ZephyraError], Status] = {
     errors.PortTaken: _TRY_AGAIN,
     errors.PeerRefused: Status(403, grpc.StatusCode.PERMISSION_DENIED, "permission_error"),
     errors.Overloaded: Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error"),
+    errors.DeadlineExceeded: Status(504, grpc.StatusCode.DEADLINE_EXCEEDED, "server_error"),
     errors.RouterUnavailable: _TRY_AGAIN,
     errors.AdapterUnavailable: _TRY_AGAIN,
     errors.ReplicaLost: _TRY_AGAIN,

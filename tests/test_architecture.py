@@ -24,9 +24,10 @@ MAY_IMPORT = {
     "messages": {"errors"},
     "config": {"errors", "messages"},
     "model": {"errors", "messages", "config"},
-    "lora": {"errors", "messages", "config"},
+    "kernels": {"config"},
+    "lora": {"errors", "messages", "config", "kernels"},
     "router": {"errors", "messages", "config", "model", "lora"},
-    "engine": {"errors", "messages", "config", "model", "lora"},
+    "engine": {"errors", "messages", "config", "model", "kernels", "lora"},
     "training": {"errors", "messages", "config", "model", "lora", "router", "engine"},
 }
 """The rooms of `cluster`, from below to above, and what each may know of."""

@@ -5,21 +5,34 @@ Not thread-safe: the caller steps it from one thread. It asks for adapters (`wan
 """
 
 import secrets
-from collections import Counter
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from cluster.config import EngineSettings
+from cluster.engine.block_pool import BlockPool
 from cluster.engine.detokenizer import Detokenizer
-from cluster.engine.runner import Runner
-from cluster.engine.sampler import Draw, sample
+from cluster.engine.native_runner import native_runner
+from cluster.engine.runner import Runner, check_attention, ends
+from cluster.engine.sampler import Draw, Sampled, sample
 from cluster.engine.scheduler import Scheduler
 from cluster.engine.sequence import Sequence, SequenceStatus
 from cluster.engine.slot_bank import SlotBank
-from cluster.errors import IncompatibleAdapter, InvalidInput, InvalidMixture, PromptTooLong, ZephyraError
-from cluster.lora.weights import AdapterWeights, Factors
-from cluster.messages import AdapterRef, FinishReason, GenerateRequest, TokenChunk, check_prompt
+from cluster.engine.torch_runner import TorchRunner
+from cluster.engine.vocabulary import Vocabulary
+from cluster.errors import (
+    DeadlineExceeded,
+    IncompatibleAdapter,
+    InvalidInput,
+    InvalidMixture,
+    PromptTooLong,
+    ZephyraError,
+)
+from cluster.lora.weights import AdapterWeights, Resident
+from cluster.messages import AdapterRef, FinishReason, GenerateRequest, TokenChunk, check_prompt, check_vocabulary
 from cluster.model.base import Base, encode_prompt
 
 
@@ -43,46 +56,55 @@ class EngineStats:
     """Least recently used first."""
     adapter_bytes: int
     """Of the resident adapters: what the budget bounds."""
-    stacked_adapter_bytes: int
-    """Copies of active adapters, side by side for the products; beside the budget."""
+    weight_bytes: int
+    """Of the base's weights."""
     kv_cache_bytes: int
+    """Of all blocks; memory is taken as they are first used."""
+    num_kv_blocks: int
+    num_free_kv_blocks: int
+    """Those that nothing running holds, whatever could still be reused in them."""
     num_steps: int
     num_prompt_tokens: int
+    """Read in chunks, those read again after a preemption included."""
+    num_reused_tokens: int
+    """Not read, since another sequence's keys and values served."""
     num_generated_tokens: int
     num_finished: int
+    num_preemptions: int
     num_evictions: int
 
 
 class Engine:
     """Continuous batching over sequences with different mixtures."""
 
-    def __init__(self, base: Base, settings: EngineSettings, runner: Runner | None = None) -> None:
-        """Wrap the linear layers of `base.model` in place: a model belongs to one engine.
+    def __init__(self, base: Base, settings: EngineSettings, runner: Runner[Any] | None = None) -> None:
+        """Takes `base.model` over: its weights are packed or its layers wrapped, so a model belongs to one engine.
 
-        `runner` replaces the default one, so that a test can look at logits. Raises `InvalidInput` for a context
-        beyond the model's, or a model that the runner cannot run.
+        `runner` replaces the one that fits best, so that a test can look at logits. Raises `InvalidInput` for a
+        context beyond the model's, or a model that no runner can run.
         """
         self._base = base
-        self.max_tokens = settings.max_context_tokens or base.context_tokens
-        if self.max_tokens > base.context_tokens:
-            raise InvalidInput(
-                f"max_context_tokens is {self.max_tokens}; the base was made for {base.context_tokens}, the most."
-            )
-        self._runner = runner or Runner(base.model, settings.max_batch_size, self.max_tokens)
-        self._bank = SlotBank(settings.adapter_bytes, on_evict=self._runner.mixed_batch.forget)
-        self._scheduler = Scheduler(self._bank, settings.max_batch_size, settings.max_waiting)
+        self.max_tokens = max_tokens_of(base, settings)
+        self._runner = runner or make_runner(base.model, settings, self.max_tokens)
+        self._bank: SlotBank[Any] = SlotBank(settings.adapter_bytes, on_evict=self._runner.forget)
+        self._pool = BlockPool(self._runner.num_kv_blocks, settings.reuse_prefixes)
+        self._scheduler = Scheduler(self._bank, self._pool, settings, base.fingerprint)
         self._eos_ids = end_of_sequence_ids(base)
+        self._vocabulary = Vocabulary(base.tokenizer)
         self._longest_token = max(len(token) for token in base.tokenizer.get_vocab())
         self._given_up: list[StepOutput] = []
-        self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = self._num_finished = 0
+        self._num_steps = self._num_prompt_tokens = self._num_reused_tokens = 0
+        self._num_generated_tokens = self._num_finished = 0
 
     def submit(self, request: GenerateRequest) -> None:
         """Queue a request.
 
-        Raises `InvalidInput` for an empty prompt or an id in use, `PromptTooLong` when prompt and max_tokens exceed
-        the context, `InvalidMixture` when its adapters are known not to fit, `Overloaded` when the queue is full.
+        Raises `InvalidInput` for an empty prompt, an id in use or a token that the model does not have,
+        `PromptTooLong` when prompt and max_tokens exceed the context, `InvalidMixture` when its adapters are known not
+        to fit, `Overloaded` when the queue is full.
         """
         check_prompt(request.prompt)
+        check_vocabulary(request.sampling, self._base.model.config.get_text_config().vocab_size)
         self._check_characters(request)
         prompt_ids = encode_prompt(self._base.tokenizer, request.prompt)
         if not prompt_ids:
@@ -100,6 +122,8 @@ class Engine:
             sampling=request.sampling,
             seed=secrets.randbits(63) if seed is None else seed,
             detokenizer=Detokenizer(self._base.tokenizer, request.sampling.stop),
+            priority=request.priority,
+            deadline_s=None if request.timeout_s is None else time.monotonic() + request.timeout_s,
         )
         if (error := self._mixture_error(sequence)) is not None:
             raise error
@@ -122,36 +146,50 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Free all that the request holds; no chunk of it follows. Unknown and finished ids are ignored."""
         self._given_up = [output for output in self._given_up if output.request_id != request_id]
-        waiting = self._scheduler.waiting.pop(request_id, None)
-        if waiting is not None:
+        if (waiting := self._scheduler.withdraw(request_id)) is not None:
             waiting.status = SequenceStatus.CANCELLED
         for sequence in [s for s in self._scheduler.running if s.request_id == request_id]:
-            self._retire(sequence, SequenceStatus.CANCELLED)
+            self._scheduler.retire(sequence, SequenceStatus.CANCELLED)
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do something now; if not, wait for a request or an adapter."""
-        return bool(self._given_up or self._scheduler.running) or self._scheduler.can_admit()
+        """Whether a step would do something now; if not, wait for a request, an adapter or `next_deadline_s`."""
+        deadline_s = self.next_deadline_s
+        overdue = deadline_s is not None and deadline_s <= time.monotonic()
+        return bool(self._given_up) or overdue or self._scheduler.can_schedule()
 
+    @property
+    def next_deadline_s(self) -> float | None:
+        """The instant of `time.monotonic()` at which the next request times out, if any can."""
+        return self._scheduler.next_deadline_s
+
+    @torch.no_grad()
     def step(self) -> list[StepOutput]:
-        """One token for every running sequence, the first one for those admitted now.
+        """One token for every sequence whose prompt has been read, and a piece of the prompts of others.
 
         A request's chunk comes once it has text or is the last; until then its token ids wait with the text, so that
         what has arrived of both always belongs together.
         """
-        decoding = list(self._scheduler.running)
-        admitted = self._scheduler.admit()
         outputs, self._given_up = self._given_up, []
-        if not (decoding or admitted):
+        outputs += [_timed_out(sequence) for sequence in self._scheduler.expired(time.monotonic())]
+        chunks = self._scheduler.schedule()
+        if not chunks:
             return outputs
-        logits = [self._runner.decode(decoding, self._bank.resident)] if decoding else []
-        logits += [self._runner.prefill(sequence, self._bank.resident).unsqueeze(0) for sequence in admitted]
-        running = decoding + admitted
-        tokens = sample(torch.cat(logits), [Draw(s.sampling, s.seed, s.num_tokens) for s in running])
         self._num_steps += 1
-        self._num_prompt_tokens += sum(len(sequence.prompt_ids) for sequence in admitted)
-        chunks = [(s.request_id, self._accept(s, token)) for s, token in zip(running, tokens, strict=True)]
-        return outputs + [StepOutput(request_id, chunk) for request_id, chunk in chunks if chunk is not None]
+        ending = [chunk.sequence for chunk in chunks if ends(chunk)]
+        for chunk in chunks:
+            if chunk.num_tokens > 1 or not chunk.sequence.generated_ids:
+                self._num_prompt_tokens += chunk.num_tokens
+            if chunk.sequence.num_computed == chunk.sequence.num_reused:
+                self._num_reused_tokens += chunk.sequence.num_reused
+        logits_BV = self._runner.run(chunks, self._bank.resident)
+        for chunk in chunks:
+            self._scheduler.computed(chunk)
+        draws = [Draw(s.sampling, s.seed, s.num_tokens, s.prompt_ids, s.generated_ids) for s in ending]
+        for sequence, sampled in zip(ending, sample(logits_BV, draws), strict=True):
+            if (piece := self._accept(sequence, sampled)) is not None:
+                outputs.append(StepOutput(sequence.request_id, piece))
+        return outputs
 
     def wanted_adapters(self) -> tuple[AdapterRef, ...]:
         """The adapters to fetch now: queued sequences need them, they are not resident, and room can be made.
@@ -161,22 +199,34 @@ class Engine:
         """
         return self._scheduler.wanted()
 
-    def add_adapter(self, ref: AdapterRef, weights: AdapterWeights) -> None:
-        """Make an adapter resident, in the base's dtype and on its device, evicting the least recently used ones.
+    def prepare_adapter(self, ref: AdapterRef, weights: AdapterWeights) -> Resident:
+        """The adapter as the engine holds it, to be given to `add_prepared`. May be called from any thread.
 
-        Adapters in use, or needed by sequences earlier in the queue, are not evicted; when the rest is not enough,
-        this one is not kept, and is wanted again when there is room. Raises `IncompatibleAdapter` when it belongs to
-        another base, does not fit the layers or exceeds the budget alone; `CorruptArtifact` when it is not finite.
+        Raises `IncompatibleAdapter` when it belongs to another base or does not fit the layers; `CorruptArtifact` when
+        it is not finite.
         """
         if not weights.factors:
             raise IncompatibleAdapter(f"The adapter {ref} changes no layer; expected factors for at least one.")
         weights.check_fits(self._runner.layers, self._base.fingerprint)
-        weights = _converted(weights, self._base.model.dtype, self._base.model.device)
         weights.check_finite()
-        self._bank.add(ref, weights, spare=self._scheduler.spared_for(ref))
+        prepared: Resident = self._runner.prepare(weights)
+        return prepared
+
+    def add_prepared(self, ref: AdapterRef, prepared: Resident) -> None:
+        """Make an adapter resident, evicting the least recently used ones.
+
+        Adapters in use, or needed by sequences earlier in the queue, are not evicted; when the rest is not enough,
+        this one is not kept, and is wanted again when there is room. Raises `IncompatibleAdapter` when it exceeds the
+        budget alone.
+        """
+        self._bank.add(ref, prepared, spare=self._scheduler.spared_for(ref))
         for sequence in [s for s in self._scheduler.waiting.values() if ref in s.refs]:
             if (error := self._mixture_error(sequence)) is not None:
                 self._give_up(sequence, error)
+
+    def add_adapter(self, ref: AdapterRef, weights: AdapterWeights) -> None:
+        """`prepare_adapter` and `add_prepared` in one, with the errors of both."""
+        self.add_prepared(ref, self.prepare_adapter(ref, weights))
 
     def fail_adapter(self, ref: AdapterRef) -> list[str]:
         """The adapter cannot be had: drop the queued requests that need it, and return their ids.
@@ -185,7 +235,7 @@ class Engine:
         """
         dropped = [sequence for sequence in self._scheduler.waiting.values() if ref in sequence.refs]
         for sequence in dropped:
-            del self._scheduler.waiting[sequence.request_id]
+            self._scheduler.withdraw(sequence.request_id)
             sequence.status = SequenceStatus.DROPPED
         return [sequence.request_id for sequence in dropped]
 
@@ -196,63 +246,57 @@ class Engine:
             num_waiting=len(self._scheduler.waiting),
             resident_adapters=tuple(self._bank.resident),
             adapter_bytes=self._bank.used_bytes,
-            stacked_adapter_bytes=self._runner.mixed_batch.stacked_bytes,
-            kv_cache_bytes=self._runner.kv_cache.num_bytes,
+            weight_bytes=self._runner.weight_bytes,
+            kv_cache_bytes=self._runner.num_kv_blocks * self._runner.kv_block_bytes,
+            num_kv_blocks=self._runner.num_kv_blocks,
+            num_free_kv_blocks=self._pool.num_free,
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
+            num_reused_tokens=self._num_reused_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_finished=self._num_finished,
+            num_preemptions=self._scheduler.num_preemptions,
             num_evictions=self._bank.num_evictions,
         )
 
     def check_integrity(self) -> None:
-        """Assert what must hold between steps, on the real objects: rows, lengths, pins, bytes, statuses."""
-        running, waiting = self._scheduler.running, self._scheduler.waiting
-        assert [sequence.row for sequence in running] == list(range(len(running)))
-        assert all(sequence.status is SequenceStatus.RUNNING for sequence in running)
-        assert all(s.status is SequenceStatus.WAITING and s.row is None for s in waiting.values())
-        assert not {sequence.request_id for sequence in running} & waiting.keys()
-        # The newest token is read, and its keys and values written, by the next step.
-        assert self._runner.kv_cache.lengths == [sequence.num_tokens - 1 for sequence in running]
-        self._runner.kv_cache.check_integrity()
-        self._bank.check_integrity(Counter(ref for sequence in running for ref in sequence.refs))
-        assert self._runner.mixed_batch.stacked_refs <= self._bank.resident.keys()
+        """Assert what must hold between steps, on the real objects: queues, blocks, pins, bytes, statuses."""
+        self._scheduler.check_integrity()
 
-    def _accept(self, sequence: Sequence, token: int | None) -> TokenChunk | None:
+    def _accept(self, sequence: Sequence, sampled: Sampled | None) -> TokenChunk | None:
         """Add the sampled token to its sequence; return the chunk to send, if there is one."""
         reason: FinishReason | None = FinishReason.ERROR
         text = ""
-        if token is not None:
-            sequence.generated_ids.append(token)
+        if sampled is not None:
+            sequence.generated_ids.append(sampled.token_id)
+            if sampled.logprob is not None:
+                sequence.logprobs.append(self._vocabulary.token_logprob(sampled))
             self._num_generated_tokens += 1
-            text = sequence.detokenizer.push([token])
+            text = sequence.detokenizer.push([sampled.token_id])
             reason = self._finish_reason(sequence)
         if reason is not None:
             text += sequence.detokenizer.finish()
-            self._retire(sequence, SequenceStatus.FINISHED)
+            self._scheduler.retire(sequence, SequenceStatus.FINISHED)
             self._num_finished += 1
         elif not text:
             return None
         token_ids = tuple(sequence.generated_ids[sequence.num_emitted :])
+        logprobs = tuple(sequence.logprobs[sequence.num_emitted :])
         sequence.num_emitted += len(token_ids)
-        return TokenChunk(token_ids, text, reason, 0 if reason is None else len(sequence.prompt_ids))
+        prompt_tokens = 0 if reason is None else len(sequence.prompt_ids)
+        return TokenChunk(token_ids, text, reason, prompt_tokens, logprobs)
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        if sequence.detokenizer.stopped or sequence.last_id in self._eos_ids:
+        sampling = sequence.sampling
+        ends = sequence.last_id in self._eos_ids and not sampling.ignore_eos
+        if ends or sequence.detokenizer.stopped or sequence.last_id in sampling.stop_token_ids:
             return FinishReason.STOP
-        return FinishReason.LENGTH if len(sequence.generated_ids) == sequence.sampling.max_tokens else None
-
-    def _retire(self, sequence: Sequence, status: SequenceStatus) -> None:
-        assert sequence.row is not None, "a running sequence has a row"
-        self._runner.free(sequence.row)
-        self._scheduler.retire(sequence)
-        sequence.status = status
+        return FinishReason.LENGTH if len(sequence.generated_ids) == sampling.max_tokens else None
 
     def _give_up(self, sequence: Sequence, error: ZephyraError) -> None:
-        del self._scheduler.waiting[sequence.request_id]
+        self._scheduler.withdraw(sequence.request_id)
         sequence.status = SequenceStatus.DROPPED
-        chunk = TokenChunk((), "", FinishReason.ERROR, len(sequence.prompt_ids))
-        self._given_up.append(StepOutput(sequence.request_id, chunk, error))
+        self._given_up.append(_failed(sequence, error))
 
     def _mixture_error(self, sequence: Sequence) -> InvalidMixture | None:
         needed_bytes = self._bank.known_bytes(sequence.refs)
@@ -264,6 +308,26 @@ class Engine:
         )
 
 
+def max_tokens_of(base: Base, settings: EngineSettings) -> int:
+    """Prompt and answer together. Raises `InvalidInput` when the settings ask for more than the base was made for."""
+    max_tokens = settings.max_context_tokens or base.context_tokens
+    if max_tokens > base.context_tokens:
+        raise InvalidInput(
+            f"max_context_tokens is {max_tokens}; the base was made for {base.context_tokens}, the most."
+        )
+    return max_tokens
+
+
+@torch.no_grad()
+def make_runner(model: PreTrainedModel, settings: EngineSettings, max_tokens: int) -> Runner[Any]:
+    """The fastest runner that can run `model`, which belongs to it from then on.
+
+    Raises `InvalidInput` for a model that none can.
+    """
+    check_attention(model, max_tokens)
+    return native_runner(model, settings, max_tokens) or TorchRunner(model, settings, max_tokens)
+
+
 def end_of_sequence_ids(base: Base) -> frozenset[int]:
     """The tokens that end an answer: whatever the generation settings, the configuration and the tokenizer name."""
     named: list[int] = []
@@ -273,9 +337,12 @@ def end_of_sequence_ids(base: Base) -> frozenset[int]:
     return frozenset(named)
 
 
-def _converted(weights: AdapterWeights, dtype: torch.dtype, device: torch.device) -> AdapterWeights:
-    """`weights` as the base's products need them; no copy of what is so already."""
-    factors = {
-        n: Factors(f.a_RI.to(device, dtype), f.b_OR.to(device, dtype), f.scale) for n, f in weights.factors.items()
-    }
-    return AdapterWeights(factors, weights.base_fingerprint)
+def _failed(sequence: Sequence, error: ZephyraError) -> StepOutput:
+    chunk = TokenChunk((), "", FinishReason.ERROR, len(sequence.prompt_ids))
+    return StepOutput(sequence.request_id, chunk, error)
+
+
+def _timed_out(sequence: Sequence) -> StepOutput:
+    num_generated = len(sequence.generated_ids)
+    why = f"The request timed out after {num_generated} tokens; allow it more time, or ask for fewer."
+    return _failed(sequence, DeadlineExceeded(why))

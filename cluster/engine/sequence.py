@@ -4,22 +4,22 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from cluster.engine.detokenizer import Detokenizer
-from cluster.messages import AdapterRef, Mixture, SamplingParams
+from cluster.messages import AdapterRef, Mixture, SamplingParams, TokenLogprob
 
 
 class SequenceStatus(Enum):
-    """The whole life of a sequence: WAITING, then RUNNING, then one of the other three; or from WAITING to an end."""
+    """The whole life of a sequence: WAITING, then RUNNING, perhaps so more than once; then one of the other three."""
 
     WAITING = "waiting"
-    """In the queue, for a place in the batch, for an adapter, or for both."""
+    """In the queue, for a place in the batch, for blocks of the KV cache, for an adapter, or for several of these."""
     RUNNING = "running"
-    """Holds a row of the KV cache and pins its adapters."""
+    """Holds blocks of the KV cache and pins its adapters."""
     FINISHED = "finished"
     """Came to its own end: a stop, max_tokens, or logits that are not numbers."""
     CANCELLED = "cancelled"
     """The client left."""
     DROPPED = "dropped"
-    """An adapter it needs cannot be had."""
+    """Its deadline passed, or an adapter it needs cannot be had."""
 
 
 @dataclass(eq=False, slots=True)
@@ -33,14 +33,28 @@ class Sequence:
     seed: int
     """The request's own, or one drawn when it was submitted."""
     detokenizer: Detokenizer
+    priority: int = 0
+    """Lower goes first."""
+    deadline_s: float | None = None
+    """The instant of `time.monotonic()` from which on nobody waits for its answer."""
     generated_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One for each of `generated_ids`, where the request asked for them; else none."""
     num_emitted: int = 0
     """How many of `generated_ids` have left in a chunk."""
     status: SequenceStatus = SequenceStatus.WAITING
-    row: int | None = None
-    """Its row of the KV cache, while running."""
-    num_overtaken: int = 0
-    """Sequences with adapters of their own that were admitted from behind it."""
+    blocks: list[int] = field(default_factory=list)
+    """Its blocks of the KV cache, in the order of positions; empty while it waits."""
+    num_computed: int = 0
+    """Tokens, from the first on, whose keys and values lie in its blocks."""
+    num_reused: int = 0
+    """How many of these were found in the cache when it was last admitted."""
+    num_preemptions: int = 0
+    """How often it had to give back its blocks to others and wait again."""
+    arrival: int = 0
+    """How many sequences the scheduler had been given before."""
+    block_keys: list[bytes] = field(default_factory=list)
+    """Keys of its full blocks, in order, as far as they have been needed."""
     refs: frozenset[AdapterRef] = field(init=False)
     """The adapters it needs, all at once."""
 
@@ -48,11 +62,28 @@ class Sequence:
         self.refs = frozenset(self.mixture.refs)
 
     @property
-    def num_tokens(self) -> int:
+    def token_ids(self) -> list[int]:
         """Prompt and generated tokens."""
+        return self.prompt_ids + self.generated_ids
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """`token_ids[start:end]`, without joining the lists."""
+        num_prompt = len(self.prompt_ids)
+        if start >= num_prompt:
+            return self.generated_ids[start - num_prompt : end - num_prompt]
+        return self.prompt_ids[start:end] + self.generated_ids[: max(0, end - num_prompt)]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it has, prompt and generated."""
         return len(self.prompt_ids) + len(self.generated_ids)
 
     @property
+    def max_num_tokens(self) -> int:
+        """How many tokens it can come to have."""
+        return len(self.prompt_ids) + self.sampling.max_tokens
+
+    @property
     def last_id(self) -> int:
-        """The newest token: what the next decode step reads."""
+        """The newest token."""
         return self.generated_ids[-1] if self.generated_ids else self.prompt_ids[-1]

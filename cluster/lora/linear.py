@@ -8,12 +8,13 @@ Letters: T rows, I input width, O output width, C columns, N active adapters, B 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from cluster.lora.delta import mask_columns, mixed_delta
-from cluster.lora.weights import AdapterWeights, adaptable_layers
+from cluster.lora.weights import AdapterWeights, LinearLayer, adaptable_layers
 from cluster.messages import AdapterRef, Mixture
 
 _KEPT_ARRANGEMENTS = 8
@@ -45,40 +46,65 @@ class _Arrangement:
     layouts: list[_Layout]
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Rows of a step that share one stack of adapters."""
+
+    start: int
+    end: int
+    stacks: dict[str, _Stack]
+    masks_TC: list[Tensor]
+
+
 class MixedBatch:
     """The adapters active in the current step, and each row's weights over them."""
 
     def __init__(self) -> None:
         self._arrangements: OrderedDict[tuple[AdapterRef, ...], _Arrangement] = OrderedDict()
-        self._stacks: dict[str, _Stack] = {}
-        self._masks_TC: list[Tensor] = []
+        self._passes: list[_Pass] = []
 
     def set_rows(
-        self, mixtures: Sequence[Mixture], tokens_per_row: int, resident: Mapping[AdapterRef, AdapterWeights]
+        self,
+        mixtures: Sequence[Mixture],
+        lengths: Sequence[int],
+        resident: Mapping[AdapterRef, AdapterWeights],
     ) -> None:
         """Say which mixture each sequence of the next forward pass has; each ref must be in `resident`.
 
-        A sequence is `tokens_per_row` rows of every layer's input. The cost of the step follows the adapters named
-        here, not those resident. Arranging a new set of adapters copies their bytes; a set seen lately does not.
+        A sequence is as many rows of every layer's input as `lengths` says, one after the other. Those of one row come
+        first and share a stack; a longer one meets its own mixture's columns only. The cost of the step follows the
+        adapters named here, not those resident. A new set of adapters is copied; a set seen lately is not.
         """
+        self._passes = []
+        num_single = next((index for index, length in enumerate(lengths) if length > 1), len(lengths))
+        assert all(length > 1 for length in lengths[num_single:]), "single rows come first"
+        self._add_pass(mixtures[:num_single], 0, num_single, resident)
+        start = num_single
+        longer = zip(mixtures[num_single:], lengths[num_single:], strict=True)
+        for mixture, neighbours in groupby(longer, key=lambda pair: pair[0]):
+            end = start + sum(length for _, length in neighbours)
+            self._add_pass([mixture], start, end, resident)
+            start = end
+
+    def _add_pass(
+        self, mixtures: Sequence[Mixture], start: int, end: int, resident: Mapping[AdapterRef, AdapterWeights]
+    ) -> None:
         refs = tuple(sorted({ref for mixture in mixtures for ref in mixture.refs}))
         if not refs:
-            self._clear()
             return
         arrangement = self._arrange(refs, resident)
         # From lists: an entry beyond fp32 becomes infinity, which is that row's own error, where assigning it raises.
         rows = [[weights.get(ref, 0.0) for ref in refs] for weights in (dict(mixture.entries) for mixture in mixtures)]
+        # A single mixture serves all its rows by broadcasting.
         weights_TN = torch.tensor(rows, dtype=torch.float32, device=arrangement.layouts[0].owner_C.device)
-        if len(mixtures) > 1:  # a single row serves all its tokens by broadcasting
-            weights_TN = weights_TN.repeat_interleave(tokens_per_row, dim=0)
-        self._stacks = arrangement.stacks
-        self._masks_TC = [mask_columns(weights_TN, layout.owner_C, layout.scale_C) for layout in arrangement.layouts]
+        masks_TC = [mask_columns(weights_TN, layout.owner_C, layout.scale_C) for layout in arrangement.layouts]
+        self._passes.append(_Pass(start, end, arrangement.stacks, masks_TC))
 
     def forget(self, ref: AdapterRef) -> None:
         """Free every stack that holds a copy of this adapter, also the last step's."""
         for refs in [refs for refs in self._arrangements if ref in refs]:
             del self._arrangements[refs]
-        self._clear()
+        self._passes = []
 
     @property
     def stacked_refs(self) -> frozenset[AdapterRef]:
@@ -91,14 +117,13 @@ class MixedBatch:
         stacks = [stack for kept in self._arrangements.values() for stack in kept.stacks.values()]
         return sum(stack.a_CI.nbytes + stack.b_CO.nbytes for stack in stacks)
 
-    def delta(self, name: str, x_TI: Tensor) -> Tensor | None:
-        """What to add to the base's output of layer `name`, shape [T, O]; None when no active adapter changes it."""
-        if (stack := self._stacks.get(name)) is None:
-            return None
-        return mixed_delta(x_TI, stack.a_CI, stack.b_CO, self._masks_TC[stack.layout])
-
-    def _clear(self) -> None:
-        self._stacks, self._masks_TC = {}, []
+    def add_to(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
+        """Add to the base's output of layer `name`, in place, what the rows' mixtures say."""
+        for rows in self._passes:
+            if (stack := rows.stacks.get(name)) is not None:
+                part = slice(rows.start, rows.end)
+                delta_TO = mixed_delta(x_TI[part], stack.a_CI, stack.b_CO, rows.masks_TC[stack.layout])
+                y_TO[part] += delta_TO.to(y_TO.dtype)
 
     def _arrange(self, refs: tuple[AdapterRef, ...], resident: Mapping[AdapterRef, AdapterWeights]) -> _Arrangement:
         if (kept := self._arrangements.get(refs)) is None:
@@ -132,7 +157,7 @@ def _arrangement(adapters: list[AdapterWeights]) -> _Arrangement:
 class MixedLinear(nn.Module):
     """A base layer plus, for each row, the delta of its mixture."""
 
-    def __init__(self, name: str, base: nn.Linear, batch: MixedBatch) -> None:
+    def __init__(self, name: str, base: LinearLayer, batch: MixedBatch) -> None:
         super().__init__()
         self.name = name
         self.base = base
@@ -140,8 +165,8 @@ class MixedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        delta_TO = self.batch.delta(self.name, x.reshape(-1, x.shape[-1]))
-        return y if delta_TO is None else y + delta_TO.view(y.shape).to(y.dtype)
+        self.batch.add_to(self.name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        return y
 
 
 def attach_mixed_batch(model: nn.Module) -> MixedBatch:

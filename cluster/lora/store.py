@@ -7,7 +7,8 @@ and a version never changes afterwards.
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -16,14 +17,7 @@ def write_version(parent: Path, write: Callable[[Path], None]) -> int:
 
     Whatever goes wrong in `write` leaves `parent` as it was. Two writers at once get different numbers.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    draft = parent / f".draft-{uuid.uuid4().hex}"
-    draft.mkdir()
-    try:
-        write(draft)
-        for file in draft.rglob("*"):
-            if file.is_file():
-                sync(file)
+    with _written_beside(parent, write) as draft:
         while True:
             version = max((int(f.name) for f in parent.iterdir() if f.name.isdecimal()), default=0) + 1
             try:
@@ -34,6 +28,33 @@ def write_version(parent: Path, write: Callable[[Path], None]) -> int:
                 continue
             sync(parent)
             return version
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a new folder, then publish it as `folder`. Raises `FileExistsError` if that is there already.
+
+    Whatever goes wrong in `write` leaves no trace.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already")
+    with _written_beside(folder.parent, write) as draft:
+        # A folder that another writer published meanwhile is not empty, and is not replaced.
+        draft.rename(folder)
+        sync(folder.parent)
+
+
+@contextmanager
+def _written_beside(parent: Path, write: Callable[[Path], None]) -> Iterator[Path]:
+    """A draft below `parent`, filled and on the disk, to be renamed; gone if anything goes wrong."""
+    parent.mkdir(parents=True, exist_ok=True)
+    draft = parent / f".draft-{uuid.uuid4().hex}"
+    draft.mkdir()
+    try:
+        write(draft)
+        for file in draft.rglob("*"):
+            if file.is_file():
+                sync(file)
+        yield draft
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise

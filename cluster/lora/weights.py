@@ -2,11 +2,31 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from cluster.errors import CorruptArtifact, IncompatibleAdapter
+
+
+@runtime_checkable
+class LinearLayer(Protocol):
+    """`y = x W^T` plus a bias: an `nn.Linear`, or one whose weight is quantized."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+class Resident(Protocol):
+    """An adapter in the form that some runner reads."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its memory."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +63,7 @@ class AdapterWeights:
             if not (torch.isfinite(f.a_RI).all() and torch.isfinite(f.b_OR).all()):
                 raise CorruptArtifact(f"The adapter's factors for {name} hold NaN or infinity; train it again.")
 
-    def check_fits(self, layers: Mapping[str, nn.Linear], base_fingerprint: str) -> None:
+    def check_fits(self, layers: Mapping[str, LinearLayer], base_fingerprint: str) -> None:
         """Raise `IncompatibleAdapter` unless the adapter belongs to this base and every factor fits its layer."""
         if self.base_fingerprint != base_fingerprint:
             raise IncompatibleAdapter(
@@ -53,7 +73,7 @@ class AdapterWeights:
         for name, f in self.factors.items():
             if name not in layers:
                 raise IncompatibleAdapter(f"The adapter changes {name}, which this base does not have.")
-            out_features, in_features = layers[name].weight.shape
+            out_features, in_features = layers[name].out_features, layers[name].in_features
             if f.a_RI.shape != (f.rank, in_features) or f.b_OR.shape != (out_features, f.rank):
                 raise IncompatibleAdapter(
                     f"The adapter's factors for {name} are A {tuple(f.a_RI.shape)}, B {tuple(f.b_OR.shape)}; "
@@ -61,13 +81,13 @@ class AdapterWeights:
                 )
 
 
-def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def adaptable_layers(model: nn.Module) -> dict[str, LinearLayer]:
     """Every linear layer of the attention and feed-forward blocks, by full name: what an adapter may change.
 
-    That is each `nn.Linear` inside a numbered block; embeddings and the output head lie outside the blocks.
+    That is each one inside a numbered block, quantized or not; embeddings and the output head lie outside the blocks.
     """
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(part.isdecimal() for part in name.split("."))
+        if isinstance(module, LinearLayer) and any(part.isdecimal() for part in name.split("."))
     }

@@ -1,4 +1,4 @@
-"""Loading a base: Zephyra Fusion or any Hugging Face causal language model, from a local folder.
+"""Loading a base, float or quantized: Zephyra Fusion or any Hugging Face causal language model, from a local folder.
 
 Only safetensors and JSON are read, and no code that lies beside a model is run.
 """
@@ -7,14 +7,17 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from cluster.config import Quantization
 from cluster.errors import InvalidInput, NotTrained
 from cluster.messages import Prompt
+from cluster.model.quantization import num_weights, weight_bytes
+from cluster.model.quantized_artifact import is_quantized, load_quantized, read_manifest, save_quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class Base:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
+    """Of the float weights, also where they are served quantized: what an adapter must have been trained on."""
     name: str
 
     @property
@@ -34,25 +38,52 @@ class Base:
     @property
     def num_parameters(self) -> int:
         """Parameters, tied ones once."""
-        return int(self.model.num_parameters())
+        return num_weights(self.model)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights, tied ones once."""
+        return weight_bytes(self.model)
 
 
 def load_base(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Base:
-    """Load the model and tokenizer in `folder`. Raises `NotTrained` when there is none."""
+    """Load the model and tokenizer in `folder`. Raises `NotTrained` when there is none, and `CorruptArtifact` for a
+    quantized one that is damaged.
+    """
     if not (folder / "config.json").is_file():
         raise NotTrained(f"There is no model in {folder}; train one with `zephyra train all`, or name another folder.")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
+    if is_quantized(folder):
+        model, name = load_quantized(folder, dtype), read_manifest(folder).base_fingerprint
+    else:
+        model, name = _load_float(folder, dtype), fingerprint(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     torch.nn.Module.to(model, device)
     model.eval().requires_grad_(False)
-    return Base(model, tokenizer, fingerprint(folder), folder.name)
+    return Base(model, tokenizer, name, folder.name)
+
+
+def quantize_base(source: Path, folder: Path, quantization: Quantization) -> None:
+    """Write the quantized form of the float base in `source` into `folder`, an empty one. Holds the floats meanwhile.
+
+    Raises `NotTrained` when there is no base, and `InvalidInput` for one that is quantized or cannot be.
+    """
+    if not (source / "config.json").is_file():
+        raise NotTrained(f"There is no model in {source}; name a folder with a config.json.")
+    if is_quantized(source):
+        raise InvalidInput(f"The base in {source.name!r} is quantized already; quantize the one it was made of.")
+    save_quantized(_load_float(source, "auto"), quantization, source, fingerprint(source), folder)
+
+
+def _load_float(folder: Path, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    )
+    return model
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits that name the weights and shape of the base in `folder`: SHA-256 over its safetensors files and
-    its configuration. Where they lie, and the library version that wrote them, do not matter.
+    """16 hex digits that name the weights and shape of the float base in `folder`: SHA-256 over its safetensors files
+    and its configuration. Where they lie, and the library version that wrote them, do not matter.
     """
     digest = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text())

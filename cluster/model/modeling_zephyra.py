@@ -29,17 +29,17 @@ def rotate(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
 
 
 class ZephyraFusionRotary(nn.Module):
-    """Cosines and sines of the rotary angles of given positions, in fp32."""
+    """Cosines and sines of the rotary angles of given positions, computed in fp32, in the dtype of `x`."""
 
     def __init__(self, config: ZephyraFusionConfig) -> None:
         super().__init__()
         self.head_dim, self.theta = config.head_dim, config.rope_theta
 
     @torch.no_grad()
-    def forward(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        exponent = torch.arange(0, self.head_dim, 2, device=positions_BT.device, dtype=torch.float32) / self.head_dim
-        angles_BTH = (positions_BT[..., None].float() * self.theta**-exponent).repeat(1, 1, 2)
-        return angles_BTH.cos(), angles_BTH.sin()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        exponent = torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float32) / self.head_dim
+        angles_BTH = (position_ids[..., None].float() * self.theta**-exponent).repeat(1, 1, 2)
+        return angles_BTH.cos().to(x.dtype), angles_BTH.sin().to(x.dtype)
 
 
 class ZephyraFusionAttention(nn.Module):
@@ -150,7 +150,7 @@ class ZephyraFusionModel(ZephyraFusionPreTrainedModel):
             ZephyraFusionDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary = ZephyraFusionRotary(config)
+        self.rotary_emb = ZephyraFusionRotary(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -180,8 +180,7 @@ class ZephyraFusionModel(ZephyraFusionPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        cos_BTH, sin_BTH = self.rotary(position_ids)
-        rotary = (cos_BTH.to(x_BTD.dtype), sin_BTH.to(x_BTD.dtype))
+        rotary = self.rotary_emb(x_BTD, position_ids)
         for layer in self.layers:
             x_BTD = layer(x_BTD, rotary=rotary, attention_mask=mask, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values)

@@ -2,6 +2,7 @@
 the worst adapter give. Uses the engine and the mixed batch that serve, not those of training.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,9 +12,9 @@ import torch
 
 from cluster.config import EngineSettings
 from cluster.engine.engine import Engine
-from cluster.engine.runner import Runner
 from cluster.errors import InvalidData
 from cluster.lora.catalog import Catalog
+from cluster.lora.linear import attach_mixed_batch
 from cluster.lora.weights import AdapterWeights
 from cluster.messages import (
     NONE_DOMAIN,
@@ -135,9 +136,10 @@ class _Judge:
     def __init__(self, base: Base, settings: EvaluationSettings) -> None:
         self._base, self._settings = base, settings
         self.adapters: dict[AdapterRef, AdapterWeights] = {}
-        engine_settings = EngineSettings(max_batch_size=64, max_waiting=100_000, adapter_bytes=2**40)
-        self._runner = Runner(base.model, engine_settings.max_batch_size, base.context_tokens)
-        self._engine = Engine(base, engine_settings, self._runner)
+        # The engine takes its model over, so losses have one of their own.
+        self._model = copy.deepcopy(base.model)
+        self._mixed_batch = attach_mixed_batch(self._model)
+        self._engine = Engine(base, EngineSettings(max_batch_size=64, max_waiting=100_000, adapter_bytes=2**40))
 
     def domain(
         self,
@@ -178,8 +180,9 @@ class _Judge:
         for start in range(0, len(order), _ROWS_PER_BATCH):
             chosen = order[start : start + _ROWS_PER_BATCH]
             batch = collate([[examples[i]] for i in chosen], padding_id(self._base.tokenizer), learn_prompts=False)
-            self._runner.mixed_batch.set_rows([mixtures[i] for i in chosen], batch.ids_BT.shape[1], self.adapters)
-            nats += summed_loss(self._base.model, batch)
+            lengths = [batch.ids_BT.shape[1]] * len(chosen)
+            self._mixed_batch.set_rows([mixtures[i] for i in chosen], lengths, self.adapters)
+            nats += summed_loss(self._model, batch)
             labels += batch.num_labels
         return nats / labels if labels else math.nan
 

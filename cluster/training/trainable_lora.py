@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cluster.lora.delta import mask_columns, mixed_delta
-from cluster.lora.weights import AdapterWeights, Factors, adaptable_layers
+from cluster.lora.weights import AdapterWeights, Factors, LinearLayer, adaptable_layers
 
 
 class _LoraLinear(nn.Module):
     """A frozen layer and the factors of all domains for it."""
 
-    def __init__(self, base: nn.Linear, num_domains: int, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, base: LinearLayer, num_domains: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         self.base = base
         # As PEFT initialises: A uniform within 1/sqrt(d_in), B zero, so that training starts from the plain base.

@@ -24,47 +24,55 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n deployments/protos/zephyra.proto\x12\nzephyra.v1\"\x87\x02\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.zephyra.v1.ChatH\x00\x12$\n\x06router\x18\x03 \x01(\x0b\x32\x12.zephyra.v1.RouterH\x01\x12\x10\n\x06\x64omain\x18\x04 \x01(\tH\x01\x12 \n\x04\x62\x61se\x18\x05 \x01(\x0b\x32\x10.zephyra.v1.BaseH\x01\x12&\n\x07mixture\x18\x06 \x01(\x0b\x32\x13.zephyra.v1.MixtureH\x01\x12&\n\x08sampling\x18\x07 \x01(\x0b\x32\x14.zephyra.v1.SamplingB\r\n\x0bprompt_kindB\x07\n\x05model\"\x08\n\x06Router\"\x06\n\x04\x42\x61se\"4\n\x07Mixture\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.zephyra.v1.MixtureEntry\"P\n\x0cMixtureEntry\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x42\n\n\x08_version\"-\n\x04\x43hat\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.zephyra.v1.Message\"\x94\x01\n\x07Message\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.zephyra.v1.Message.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\"\xc2\x01\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\tB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\xa9\x01\n\rGenerateChunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.zephyra.v1.FinishReason\x12$\n\x07routing\x18\x04 \x01(\x0b\x32\x13.zephyra.v1.Routing\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.zephyra.v1.Usage\"\xa6\x01\n\nCompletion\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.zephyra.v1.FinishReason\x12$\n\x07routing\x18\x04 \x01(\x0b\x32\x13.zephyra.v1.Routing\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.zephyra.v1.Usage\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\"Q\n\x0cRouteRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.zephyra.v1.ChatH\x00\x42\r\n\x0bprompt_kind\"\xb8\x01\n\x07Routing\x12$\n\x07mixture\x18\x01 \x01(\x0b\x32\x13.zephyra.v1.Mixture\x12=\n\rprobabilities\x18\x02 \x03(\x0b\x32&.zephyra.v1.Routing.ProbabilitiesEntry\x12\x12\n\nrouting_ms\x18\x03 \x01(\x01\x1a\x34\n\x12ProbabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xc8\x01\n\x07Zephyra\x12\x44\n\x08Generate\x12\x1b.zephyra.v1.GenerateRequest\x1a\x19.zephyra.v1.GenerateChunk0\x01\x12?\n\x08\x43omplete\x12\x1b.zephyra.v1.GenerateRequest\x1a\x16.zephyra.v1.Completion\x12\x36\n\x05Route\x12\x18.zephyra.v1.RouteRequest\x1a\x13.zephyra.v1.Routingb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n deployments/protos/zephyra.proto\x12\nzephyra.v1\"\xd5\x02\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.zephyra.v1.ChatH\x00\x12$\n\x06router\x18\x03 \x01(\x0b\x32\x12.zephyra.v1.RouterH\x01\x12\x10\n\x06\x64omain\x18\x04 \x01(\tH\x01\x12 \n\x04\x62\x61se\x18\x05 \x01(\x0b\x32\x10.zephyra.v1.BaseH\x01\x12&\n\x07mixture\x18\x06 \x01(\x0b\x32\x13.zephyra.v1.MixtureH\x01\x12&\n\x08sampling\x18\x07 \x01(\x0b\x32\x14.zephyra.v1.Sampling\x12\x0e\n\x01n\x18\x08 \x01(\x05H\x02\x88\x01\x01\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x16\n\ttimeout_s\x18\n \x01(\x01H\x03\x88\x01\x01\x42\r\n\x0bprompt_kindB\x07\n\x05modelB\x04\n\x02_nB\x0c\n\n_timeout_s\"\x08\n\x06Router\"\x06\n\x04\x42\x61se\"4\n\x07Mixture\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.zephyra.v1.MixtureEntry\"P\n\x0cMixtureEntry\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x42\n\n\x08_version\"-\n\x04\x43hat\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.zephyra.v1.Message\"\x94\x01\n\x07Message\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.zephyra.v1.Message.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\"\xbd\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\x05min_p\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x01H\x08\x88\x01\x01\x12\x37\n\nlogit_bias\x18\x0b \x03(\x0b\x32#.zephyra.v1.Sampling.LogitBiasEntry\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\x05H\t\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\x8e\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x17\n\ntext_bytes\x18\x04 \x01(\x0cH\x00\x88\x01\x01\x12%\n\x03top\x18\x05 \x03(\x0b\x32\x18.zephyra.v1.TokenLogprobB\r\n\x0b_text_bytes\"\xe4\x01\n\rGenerateChunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.zephyra.v1.FinishReason\x12$\n\x07routing\x18\x04 \x01(\x0b\x32\x13.zephyra.v1.Routing\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.zephyra.v1.Usage\x12\r\n\x05index\x18\x06 \x01(\x05\x12*\n\x08logprobs\x18\x07 \x03(\x0b\x32\x18.zephyra.v1.TokenLogprob\"y\n\nCompletion\x12#\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x12.zephyra.v1.Choice\x12$\n\x07routing\x18\x02 \x01(\x0b\x32\x13.zephyra.v1.Routing\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.zephyra.v1.Usage\"\x86\x01\n\x06\x43hoice\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.zephyra.v1.FinishReason\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.zephyra.v1.TokenLogprob\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\"Q\n\x0cRouteRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.zephyra.v1.ChatH\x00\x42\r\n\x0bprompt_kind\"\xb8\x01\n\x07Routing\x12$\n\x07mixture\x18\x01 \x01(\x0b\x32\x13.zephyra.v1.Mixture\x12=\n\rprobabilities\x18\x02 \x03(\x0b\x32&.zephyra.v1.Routing.ProbabilitiesEntry\x12\x12\n\nrouting_ms\x18\x03 \x01(\x01\x1a\x34\n\x12ProbabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xc8\x01\n\x07Zephyra\x12\x44\n\x08Generate\x12\x1b.zephyra.v1.GenerateRequest\x1a\x19.zephyra.v1.GenerateChunk0\x01\x12?\n\x08\x43omplete\x12\x1b.zephyra.v1.GenerateRequest\x1a\x16.zephyra.v1.Completion\x12\x36\n\x05Route\x12\x18.zephyra.v1.RouteRequest\x1a\x13.zephyra.v1.Routingb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'deployments.protos.zephyra_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_ROUTING_PROBABILITIESENTRY']._loaded_options = None
   _globals['_ROUTING_PROBABILITIESENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1534
-  _globals['_FINISHREASON']._serialized_end=1683
+  _globals['_FINISHREASON']._serialized_start=2286
+  _globals['_FINISHREASON']._serialized_end=2435
   _globals['_GENERATEREQUEST']._serialized_start=49
-  _globals['_GENERATEREQUEST']._serialized_end=312
-  _globals['_ROUTER']._serialized_start=314
-  _globals['_ROUTER']._serialized_end=322
-  _globals['_BASE']._serialized_start=324
-  _globals['_BASE']._serialized_end=330
-  _globals['_MIXTURE']._serialized_start=332
-  _globals['_MIXTURE']._serialized_end=384
-  _globals['_MIXTUREENTRY']._serialized_start=386
-  _globals['_MIXTUREENTRY']._serialized_end=466
-  _globals['_CHAT']._serialized_start=468
-  _globals['_CHAT']._serialized_end=513
-  _globals['_MESSAGE']._serialized_start=516
-  _globals['_MESSAGE']._serialized_end=664
-  _globals['_MESSAGE_ROLE']._serialized_start=584
-  _globals['_MESSAGE_ROLE']._serialized_end=664
-  _globals['_SAMPLING']._serialized_start=667
-  _globals['_SAMPLING']._serialized_end=861
-  _globals['_GENERATECHUNK']._serialized_start=864
-  _globals['_GENERATECHUNK']._serialized_end=1033
-  _globals['_COMPLETION']._serialized_start=1036
-  _globals['_COMPLETION']._serialized_end=1202
-  _globals['_USAGE']._serialized_start=1204
-  _globals['_USAGE']._serialized_end=1261
-  _globals['_ROUTEREQUEST']._serialized_start=1263
-  _globals['_ROUTEREQUEST']._serialized_end=1344
-  _globals['_ROUTING']._serialized_start=1347
-  _globals['_ROUTING']._serialized_end=1531
-  _globals['_ROUTING_PROBABILITIESENTRY']._serialized_start=1479
-  _globals['_ROUTING_PROBABILITIESENTRY']._serialized_end=1531
-  _globals['_ZEPHYRA']._serialized_start=1686
-  _globals['_ZEPHYRA']._serialized_end=1886
+  _globals['_GENERATEREQUEST']._serialized_end=390
+  _globals['_ROUTER']._serialized_start=392
+  _globals['_ROUTER']._serialized_end=400
+  _globals['_BASE']._serialized_start=402
+  _globals['_BASE']._serialized_end=408
+  _globals['_MIXTURE']._serialized_start=410
+  _globals['_MIXTURE']._serialized_end=462
+  _globals['_MIXTUREENTRY']._serialized_start=464
+  _globals['_MIXTUREENTRY']._serialized_end=544
+  _globals['_CHAT']._serialized_start=546
+  _globals['_CHAT']._serialized_end=591
+  _globals['_MESSAGE']._serialized_start=594
+  _globals['_MESSAGE']._serialized_end=742
+  _globals['_MESSAGE_ROLE']._serialized_start=662
+  _globals['_MESSAGE_ROLE']._serialized_end=742
+  _globals['_SAMPLING']._serialized_start=745
+  _globals['_SAMPLING']._serialized_end=1318
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1121
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1169
+  _globals['_TOKENLOGPROB']._serialized_start=1321
+  _globals['_TOKENLOGPROB']._serialized_end=1463
+  _globals['_GENERATECHUNK']._serialized_start=1466
+  _globals['_GENERATECHUNK']._serialized_end=1694
+  _globals['_COMPLETION']._serialized_start=1696
+  _globals['_COMPLETION']._serialized_end=1817
+  _globals['_CHOICE']._serialized_start=1820
+  _globals['_CHOICE']._serialized_end=1954
+  _globals['_USAGE']._serialized_start=1956
+  _globals['_USAGE']._serialized_end=2013
+  _globals['_ROUTEREQUEST']._serialized_start=2015
+  _globals['_ROUTEREQUEST']._serialized_end=2096
+  _globals['_ROUTING']._serialized_start=2099
+  _globals['_ROUTING']._serialized_end=2283
+  _globals['_ROUTING_PROBABILITIESENTRY']._serialized_start=2231
+  _globals['_ROUTING_PROBABILITIESENTRY']._serialized_end=2283
+  _globals['_ZEPHYRA']._serialized_start=2438
+  _globals['_ZEPHYRA']._serialized_end=2638
 # @@protoc_insertion_point(module_scope)

@@ -1,8 +1,9 @@
-"""Small random systems for the engine's tests: bases of three architectures, adapters, mixtures, and the slow
+"""Small random systems for the engine's tests: bases of five architectures, adapters, mixtures, and the slow
 reference, which merges a mixture into a copy of the base's weights and calls `generate`.
 """
 
 import copy
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -15,14 +16,21 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from cluster.config import EngineSettings
-from cluster.engine.engine import Engine, StepOutput
-from cluster.engine.runner import Resident, Runner
-from cluster.engine.sequence import Sequence
+from cluster.engine.engine import Engine, StepOutput, max_tokens_of
+from cluster.engine.native_runner import native_runner
+from cluster.engine.runner import Runner, ends
+from cluster.engine.scheduler import Chunk
+from cluster.engine.torch_runner import TorchRunner
+from cluster.kernels.decoder import kv_block_bytes
 from cluster.lora.delta import dense_delta
 from cluster.lora.weights import AdapterWeights, Factors, adaptable_layers
 from cluster.messages import AdapterRef, FinishReason, GenerateRequest, Mixture, SamplingParams
@@ -30,7 +38,8 @@ from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
 from cluster.model.base import Base, encode_prompt
 from cluster.model.tokenizer import train_tokenizer
 
-KINDS = ("zephyra", "llama", "qwen3")
+KINDS = ("zephyra", "llama", "qwen2", "qwen3", "smollm3")
+RUNNERS = ("native", "torch")
 CONTEXT_TOKENS = 160
 FINGERPRINT = "0123456789abcdef"
 MARGIN = 2e-4
@@ -65,12 +74,14 @@ def _model(kind: str) -> PreTrainedModel:
         "head_dim": 12,
         "max_position_embeddings": CONTEXT_TOKENS,
     }
-    if kind == "zephyra":
-        model: PreTrainedModel = ZephyraFusionForCausalLM(ZephyraFusionConfig(**shape))
-    elif kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**shape))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    makers: dict[str, Callable[[], PreTrainedModel]] = {
+        "zephyra": lambda: ZephyraFusionForCausalLM(ZephyraFusionConfig(**shape)),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**shape)),
+        "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**shape, pad_token_id=0, no_rope_layer_interval=2)),
+    }
+    model = makers[kind]()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -78,9 +89,9 @@ def _model(kind: str) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def make_base(kind: str = "zephyra") -> Base:
-    """A fresh copy of the base of this kind: an engine wraps its layers."""
-    return Base(copy.deepcopy(_model(kind)), tokenizer(), FINGERPRINT, kind)
+def make_base(kind: str = "zephyra", dtype: torch.dtype = torch.float32) -> Base:
+    """A fresh copy of the base of this kind: an engine takes its model over."""
+    return Base(torch.nn.Module.to(copy.deepcopy(_model(kind)), dtype), tokenizer(), FINGERPRINT, kind)
 
 
 def ref(name: str) -> AdapterRef:
@@ -132,28 +143,47 @@ def request(
     return GenerateRequest(request_id, prompt, mixture, SamplingParams(**{"max_tokens": 8, **sampling}))
 
 
-def bytes_of(kind: str, mixture: Mixture) -> int:
-    """What the adapters of a mixture take together."""
-    return sum(adapters(kind)[r].num_bytes for r in mixture.refs)
+@cache
+def _prepared_bytes(kind: str, runner: str) -> dict[AdapterRef, int]:
+    made = make_runner(runner, make_base(kind), EngineSettings())
+    return {r: made.prepare(weights).num_bytes for r, weights in adapters(kind).items()}
 
 
-class RecordingRunner(Runner):
-    """Keeps the logits of every step, by request."""
+def bytes_of(kind: str, mixture: Mixture, runner: str = "native") -> int:
+    """What the adapters of a mixture take together, resident."""
+    return sum(_prepared_bytes(kind, runner)[r] for r in mixture.refs)
 
-    def __init__(self, model: PreTrainedModel, max_rows: int, max_tokens: int) -> None:
-        super().__init__(model, max_rows, max_tokens)
+
+class RecordingRunner:
+    """A runner that keeps the logits of every token that was chosen, by request; else as the one within."""
+
+    def __init__(self, within: Runner[Any]) -> None:
+        self._within = within
+        self.layers = within.layers
+        self.num_kv_blocks, self.kv_block_bytes = within.num_kv_blocks, within.kv_block_bytes
+        self.weight_bytes = within.weight_bytes
+        self.prepare, self.forget = within.prepare, within.forget
         self.logits: dict[str, list[Tensor]] = {}
+        self.chunk_sizes: list[int] = []
 
-    def prefill(self, sequence: Sequence, resident: Resident) -> Tensor:
-        logits_V = super().prefill(sequence, resident)
-        self.logits[sequence.request_id] = [logits_V.clone()]
-        return logits_V
-
-    def decode(self, sequences: Rows[Sequence], resident: Resident) -> Tensor:
-        logits_BV = super().decode(sequences, resident)
-        for sequence, logits_V in zip(sequences, logits_BV, strict=True):
-            self.logits[sequence.request_id].append(logits_V.clone())
+    def run(self, chunks: Rows[Chunk], resident: Mapping[AdapterRef, Any]) -> Tensor:
+        logits_BV = self._within.run(chunks, resident)
+        for chunk, logits_V in zip([chunk for chunk in chunks if ends(chunk)], logits_BV, strict=True):
+            self.logits.setdefault(chunk.sequence.request_id, []).append(logits_V.clone())
+        self.chunk_sizes += [chunk.num_tokens for chunk in chunks]
         return logits_BV
+
+
+def make_runner(name: str, base: Base, engine_settings: EngineSettings, num_blocks: int | None = None) -> Runner[Any]:
+    """The runner of this name, with a KV cache of `num_blocks` if given."""
+    model, max_tokens = base.model, max_tokens_of(base, engine_settings)
+    if num_blocks is not None:
+        engine_settings = engine_settings.model_copy(update={"kv_cache_bytes": num_blocks * kv_block_bytes(model)})
+    if name == "torch":
+        return TorchRunner(model, engine_settings, max_tokens)
+    runner = native_runner(model, engine_settings, max_tokens)
+    assert runner is not None, "the native kernels know this base"
+    return runner
 
 
 @dataclass
@@ -173,10 +203,17 @@ class Observed:
 class System:
     """An engine with the adapters it can be given and a record of all it said."""
 
-    def __init__(self, kind: str = "zephyra", **settings: int) -> None:
-        self.base = make_base(kind)
+    def __init__(
+        self,
+        kind: str = "zephyra",
+        runner: str = "native",
+        num_blocks: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        **settings: int,
+    ) -> None:
+        self.base = make_base(kind, dtype)
         parsed = EngineSettings(**{"max_batch_size": 4, **settings})
-        self.runner = RecordingRunner(self.base.model, parsed.max_batch_size, CONTEXT_TOKENS)
+        self.runner = RecordingRunner(make_runner(runner, self.base, parsed, num_blocks))
         self.engine = Engine(self.base, parsed, self.runner)
         self.adapters = dict(adapters(kind))
         self.observed: dict[str, Observed] = {}

@@ -1,173 +1,254 @@
-"""Who is admitted, seen through the engine: first come, first served; a missing adapter holds up nobody else."""
+"""What a step computes: turns, priorities, deadlines, chunks of prompts, preemption, prefixes that are found again."""
 
 import pytest
-import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cluster.errors import InvalidInput, InvalidMixture, Overloaded
-from cluster.messages import FinishReason, Mixture
-from tests.engine.systems import MIXTURES, PROMPTS, System, bytes_of, make_adapter, make_base, ref, reference, request
-
-LAW, SQL, MATH = (Mixture.of({ref(name): 1.0}) for name in ("law", "sql", "math"))
-
-
-def running(system: System) -> set[str]:
-    """The requests whose logits the last step computed: their count of logits grew."""
-    before = {request_id: len(steps) for request_id, steps in system.runner.logits.items()}
-    system.step()
-    return {r for r, steps in system.runner.logits.items() if len(steps) > before.get(r, 0)}
+from cluster.engine.block_pool import BLOCK_TOKENS, blocks_for
+from cluster.engine.sequence import Sequence, SequenceStatus
+from cluster.errors import InvalidInput, Overloaded
+from cluster.messages import Mixture
+from tests.engine.stepping import Stepper, ref
 
 
-def test_first_come_first_served():
-    system = System(max_batch_size=2)
-    for index in range(4):
-        system.submit(request(f"r{index}", PROMPTS[0], max_tokens=3 + index))
-    assert running(system) == {"r0", "r1"}
-    system.step()
-    system.step()
-    assert running(system) == {"r1", "r2"}
+def ids_of(sequences: list[Sequence]) -> list[str]:
+    return [sequence.request_id for sequence in sequences]
+
+
+def test_first_come_first_served_within_a_mixture():
+    stepper = Stepper(max_batch_size=2)
+    for index in range(6):
+        stepper.submit(f"r{index}", "a", max_tokens=3)
+    assert ids_of(stepper.run()) == [f"r{index}" for index in range(6)]
 
 
 def test_a_sequence_waiting_for_an_adapter_holds_up_nobody():
-    system = System(max_batch_size=2)
-    system.submit(request("law", mixture=LAW))
-    assert not system.engine.has_work
-    system.submit(request("base"))
-    assert system.engine.has_work
-    assert running(system) == {"base"}
-    assert system.engine.wanted_adapters() == (ref("law"),)
-    system.deliver()
-    assert running(system) == {"base", "law"}
-
-
-def test_wanted_adapters_come_in_queue_order_without_repeats():
-    system = System()
-    for index, mixture in enumerate((MATH, MIXTURES[0], LAW, MIXTURES[6], MATH)):
-        system.submit(request(f"r{index}", mixture=mixture))
-    assert system.engine.wanted_adapters() == (ref("math"), ref("law"), ref("sql"))
-    system.deliver()
-    assert system.engine.wanted_adapters() == ()
+    stepper = Stepper()
+    stepper.submit("law", "a")
+    assert not stepper.scheduler.can_schedule()
+    assert stepper.scheduler.wanted() == (ref("a"),)
+    stepper.submit("base")
+    assert ids_of([chunk.sequence for chunk in stepper.compute()]) == ["base"]
+    stepper.load(ref("a"))
+    assert stepper.scheduler.wanted() == ()
+    assert ids_of([chunk.sequence for chunk in stepper.compute()]) == ["base", "law"]
 
 
 def test_a_mixture_needs_all_its_adapters_at_once():
-    system = System()
-    system.submit(request("r", mixture=MIXTURES[6]))
-    for name in ("law", "sql"):
-        system.engine.add_adapter(ref(name), system.adapters[ref(name)])
-        assert not system.engine.has_work
-    system.deliver()
-    assert system.engine.has_work
+    stepper = Stepper()
+    stepper.submit("r", "abc")
+    for name in "abc":
+        assert not stepper.scheduler.can_schedule()
+        stepper.load(ref(name))
+    assert stepper.scheduler.can_schedule()
 
 
-def test_a_failed_adapter_drops_those_that_wait_for_it_and_no_others():
-    system = System(max_batch_size=1)
-    system.submit(request("runs", mixture=LAW))
-    system.deliver()
-    system.step()
-    for request_id, mixture in (("a", LAW), ("b", MIXTURES[5]), ("c", SQL), ("d", MIXTURES[0])):
-        system.submit(request(request_id, mixture=mixture))
-    assert system.engine.fail_adapter(ref("law")) == ["a", "b"]
-    assert system.engine.fail_adapter(ref("law")) == []
-    seen = system.run()
-    assert {r for r, o in seen.items() if o.finish_reason is not None} == {"runs", "c", "d"}
-
-
-def test_a_full_queue_refuses():
-    system = System(max_batch_size=1, max_waiting=2)
-    for index in range(2):
-        system.submit(request(f"r{index}"))
-    with pytest.raises(Overloaded, match="2 requests are waiting"):
-        system.submit(request("r2"))
-    system.step()
-    system.submit(request("r2"))
-    system.engine.cancel("r1")
-    for taken in ("r0", "r2"):  # one runs, one waits
+def test_a_full_queue_and_an_id_in_use_are_refused():
+    stepper = Stepper(max_batch_size=1, max_waiting=2)
+    stepper.submit("runs")
+    stepper.step()
+    stepper.submit("waits")
+    for taken in ("runs", "waits"):
         with pytest.raises(InvalidInput, match=f"'{taken}' is in use"):
-            system.submit(request(taken))
+            stepper.submit(taken)
+    stepper.submit("r2")
+    with pytest.raises(Overloaded, match="2 requests are waiting"):
+        stepper.submit("r3")
+    stepper.scheduler.withdraw("waits")
+    stepper.submit("r3")
 
 
-def test_a_steady_stream_of_one_domain_does_not_keep_another_out():
-    """Room for one adapter only, always a sequence of the hot domain running and waiting: the other gets its turn."""
-    system = System(max_batch_size=2, adapter_bytes=bytes_of("zephyra", LAW))
-    for name in ("law", "sql"):  # both sizes are known, and law is resident last
-        system.engine.add_adapter(ref(name), system.adapters[ref(name)])
-    system.engine.add_adapter(ref("law"), system.adapters[ref("law")])
-    system.submit(request("hot0", PROMPTS[0], LAW, max_tokens=3))
-    system.step()
-    system.submit(request("cold", PROMPTS[0], SQL, max_tokens=3))
-    expected = reference("zephyra", PROMPTS[0], SQL, 3)
-    for index in range(1, 400):
-        system.submit(request(f"hot{index}", PROMPTS[0], LAW, max_tokens=3))
-        system.deliver()
-        if system.engine.has_work:
-            system.step()
-        if system.observed["cold"].finish_reason is not None:
-            break
-    assert system.observed["cold"].token_ids == expected.token_ids
-    assert index > 64, "the stream was held up before the bound on overtaking"
+@settings(deadline=None, max_examples=40)
+@given(
+    requests=st.lists(st.tuples(st.integers(-2, 2), st.sampled_from(["", "a", "b"])), min_size=1, max_size=12),
+)
+def test_lower_priorities_go_first_whatever_the_domain(requests):
+    stepper = Stepper(max_batch_size=1)
+    for name in "ab":
+        stepper.load(ref(name))
+    for index, (priority, mixture) in enumerate(requests):
+        stepper.submit(f"r{index}", mixture, priority=priority, max_tokens=2)
+    done = [sequence.priority for sequence in stepper.run()]
+    assert done == sorted(priority for priority, _ in requests)
 
 
-@pytest.mark.parametrize("arrivals", [("math", "poetry", "law", "sql"), ("law", "math", "poetry", "sql")])
-def test_two_mixtures_that_fit_only_one_at_a_time_both_run(arrivals):
-    first, second = Mixture.of({ref("law"): 1.0, ref("sql"): 1.0}), Mixture.of({ref("math"): 1.0, ref("poetry"): 1.0})
-    system = System(adapter_bytes=max(bytes_of("zephyra", first), bytes_of("zephyra", second)))
-    system.submit(request("first", mixture=first))
-    system.submit(request("second", mixture=second))
-    # Adversarial orders: the later one's adapters arrive first and have to go again, or in between and must not stay.
-    for name in arrivals:
-        system.engine.add_adapter(ref(name), system.adapters[ref(name)])
-        system.engine.check_integrity()
-    assert running(system) == {"first"}
-    seen = system.run()
-    assert {o.finish_reason for o in seen.values()} <= {FinishReason.LENGTH, FinishReason.STOP}
+def test_prompts_are_read_in_pieces_beside_sequences_that_generate():
+    stepper = Stepper(max_batch_size=3, max_step_tokens=10)
+    stepper.submit("first", prompt=4, max_tokens=30)
+    stepper.submit("long", prompt=25, max_tokens=5)
+    stepper.submit("short", prompt=3, max_tokens=5)
+    sizes = [{chunk.sequence.request_id: chunk.num_tokens for chunk in stepper.step()} for _ in range(5)]
+    assert sizes == [
+        {"first": 4, "long": 6},
+        {"first": 1, "long": 9},
+        {"first": 1, "long": 9},
+        {"first": 1, "long": 1, "short": 3},
+        {"first": 1, "long": 1, "short": 1},
+    ]
 
 
-def test_a_mixture_beyond_the_budget_is_given_up_with_the_reason_and_refused_next_time():
-    system = System(adapter_bytes=bytes_of("zephyra", LAW) + 1)
-    both = Mixture.of({ref("law"): 0.5, ref("sql"): 0.5})
-    system.submit(request("both", mixture=both))
-    system.submit(request("law", mixture=LAW))
-    system.deliver()
-    outputs = {output.request_id: output for output in system.step()}
-    assert isinstance(outputs["both"].error, InvalidMixture)
-    assert outputs["both"].chunk.finish_reason is FinishReason.ERROR
-    assert "2 adapters" in str(outputs["both"].error)
-    with pytest.raises(InvalidMixture, match="mix fewer, or raise adapter_bytes"):
-        system.submit(request("again", mixture=both))
-    assert system.run()["law"].finish_reason is not None
+@settings(deadline=None, max_examples=40)
+@given(
+    prompts=st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    max_step_tokens=st.integers(4, 40),
+)
+def test_any_chunk_size_gives_the_same_tokens(prompts, max_step_tokens):
+    stepper = Stepper(max_step_tokens=max_step_tokens)
+    for index, prompt in enumerate(prompts):
+        stepper.submit(f"r{index}", prompt=prompt, max_tokens=4)
+    for sequence in stepper.run():
+        assert sequence.generated_ids == stepper.expected(sequence)
 
 
-def test_an_evicted_adapter_comes_back_with_the_same_answer():
-    system = System(max_batch_size=2, adapter_bytes=bytes_of("zephyra", LAW))
-    for name in ("law", "math", "law"):
-        mixture = Mixture.of({ref(name): 1.0})
-        system.submit(request(name, mixture=mixture))
-        seen = system.run()[name]
-        assert seen.token_ids == reference("zephyra", PROMPTS[1], mixture, 8).token_ids
-    assert system.engine.stats().num_evictions == 2
+def test_what_is_late_is_taken_out_waiting_or_running():
+    stepper = Stepper(max_batch_size=2)
+    runs_late = stepper.submit("runs late", "a", deadline_s=10.0, max_tokens=50)
+    runs = stepper.submit("runs", deadline_s=30.0, max_tokens=50)
+    waits_late = stepper.submit("waits late", deadline_s=20.0)
+    waits = stepper.submit("waits")
+    stepper.step()
+    assert stepper.scheduler.next_deadline_s == 10.0
+    assert stepper.scheduler.expired(9.9) == []
+    assert stepper.scheduler.expired(25.0) == [runs_late, waits_late]
+    assert {s.status for s in (runs_late, waits_late)} == {SequenceStatus.DROPPED}
+    assert not stepper.bank.pinned
+    stepper.scheduler.check_integrity()
+    assert stepper.scheduler.next_deadline_s == 30.0
+    stepper.step()
+    assert stepper.scheduler.running == [runs, waits]
+    stepper.run()
+    assert stepper.scheduler.expired(99.0) == []
+    assert stepper.scheduler.next_deadline_s is None
 
 
-def test_an_evicted_adapter_leaves_no_copy_behind():
-    system = System(adapter_bytes=bytes_of("zephyra", LAW))
-    system.submit(request("r", mixture=LAW))
-    system.run()
-    x_TI = torch.ones(1, 48)
-    assert system.runner.mixed_batch.delta("model.layers.0.self_attn.q_proj", x_TI) is not None
-    assert system.engine.stats().stacked_adapter_bytes == bytes_of("zephyra", LAW)
-    system.engine.add_adapter(ref("math"), system.adapters[ref("math")])
-    assert system.engine.stats().resident_adapters == (ref("math"),)
-    assert system.engine.stats().stacked_adapter_bytes == 0
-    assert system.runner.mixed_batch.delta("model.layers.0.self_attn.q_proj", x_TI) is None
+def test_cancelling_frees_all_at_once():
+    stepper = Stepper(num_blocks=20)
+    sequence = stepper.submit("r", "ab", prompt=40, max_tokens=40)
+    stepper.step()
+    assert (stepper.pool.num_free, len(stepper.bank.pinned)) == (20 - blocks_for(40), 2)
+    stepper.scheduler.retire(sequence, SequenceStatus.CANCELLED)
+    assert (stepper.pool.num_free, len(stepper.bank.pinned)) == (20, 0)
+    assert not stepper.scheduler.can_schedule()
+    stepper.scheduler.check_integrity()
+    assert stepper.scheduler.withdraw("r") is None
 
 
-def test_many_adapters_in_one_mixture():
-    """64 at once, their deltas cancelling in pairs: the answer is the base's."""
-    system, model = System(), make_base().model
-    weights = {}
-    for index in range(64):
-        name = ref(f"d{index}")
-        scale = 0.5 if index % 2 else -0.5
-        system.adapters[name] = make_adapter(model, 100 + index // 2, rank=2, scale=scale)
-        weights[name] = 1.0
-    system.submit(request("many", mixture=Mixture.of(weights)))
-    assert len(system.engine.wanted_adapters()) == 64
-    assert system.run()["many"].token_ids == reference("zephyra", PROMPTS[1], Mixture(), 8).token_ids
+def test_the_least_urgent_gives_way_keeps_its_tokens_and_goes_on():
+    """Six blocks for three sequences that come to need three each: the newest of the highest number gives way."""
+    stepper = Stepper(num_blocks=6, reuse_prefixes=False)
+    sequences = [
+        stepper.submit(name, prompt=BLOCK_TOKENS - 1, max_tokens=2 * BLOCK_TOKENS, priority=priority)
+        for name, priority in (("old", 1), ("urgent", 0), ("new", 1))
+    ]
+    old, urgent, new = sequences
+    while not stepper.scheduler.num_preemptions:
+        stepper.step()
+    assert (old.num_preemptions, urgent.num_preemptions, new.num_preemptions) == (0, 0, 1)
+    assert new.status is SequenceStatus.WAITING
+    assert new.blocks == []
+    kept = list(new.generated_ids)
+    assert len(kept) > BLOCK_TOKENS
+    assert ids_of(stepper.run())[-1] == "new"
+    assert new.generated_ids[: len(kept)] == kept
+    assert all(sequence.generated_ids == stepper.expected(sequence) for sequence in sequences)
+
+
+def test_who_gave_way_goes_before_others_of_its_domain():
+    stepper = Stepper(num_blocks=4, reuse_prefixes=False, max_batch_size=2)
+    for index in range(4):
+        stepper.submit(f"r{index}", prompt=BLOCK_TOKENS - 1, max_tokens=2 * BLOCK_TOKENS)
+    done = stepper.run()
+    assert done[1].num_preemptions
+    assert ids_of(done) == ["r0", "r1", "r2", "r3"]
+
+
+def test_what_is_computed_again_after_giving_way_is_not_charged_again():
+    """Who gave way has been served less than the other; charged twice, its domain would come after the other's."""
+    stepper = Stepper(num_blocks=4, reuse_prefixes=False, max_batch_size=2)
+    for name in ("first y", "first x"):
+        stepper.submit(name, name[-1], prompt=BLOCK_TOKENS - 1, max_tokens=2 * BLOCK_TOKENS)
+    for name in ("second y", "second x"):
+        stepper.submit(name, name[-1], prompt=8, max_tokens=4)
+    first_y, first_x = stepper.scheduler.waiting["first y"], stepper.scheduler.waiting["first x"]
+    while first_y.status is not SequenceStatus.FINISHED:
+        stepper.step()
+    assert first_x.num_preemptions == 1
+    stepper.run()
+    assert ids_of(stepper.finished) == ["first y", "second x", "second y", "first x"]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50), st.integers(0, 2)), min_size=1, max_size=8),
+    reuse=st.booleans(),
+)
+def test_sequences_that_fit_only_alone_all_end_and_none_works_in_vain_for_ever(requests, reuse):
+    """The pool holds the largest and nothing beside it."""
+    num_blocks = max(blocks_for(prompt + max_tokens) for prompt, max_tokens, _ in requests)
+    stepper = Stepper(num_blocks=num_blocks, reuse_prefixes=reuse)
+    for index, (prompt, max_tokens, priority) in enumerate(requests):
+        stepper.submit(f"r{index}", prompt=prompt, max_tokens=max_tokens, priority=priority)
+    # The most urgent one always goes on, so it takes no longer than one after the other would, each a step a token.
+    done = stepper.run(max_steps=sum(prompt + max_tokens for prompt, max_tokens, _ in requests))
+    assert len(done) == len(requests)
+    assert all(sequence.generated_ids == stepper.expected(sequence) for sequence in done)
+
+
+def test_a_long_prompt_waits_for_blocks_before_short_ones_behind_it():
+    """Short ones arrive for ever, and would take each block as it comes free."""
+    stepper = Stepper(num_blocks=10, max_batch_size=8)
+    for index in range(4):
+        stepper.submit(f"r{index}", prompt=8, max_tokens=12 + index)
+    stepper.step()
+    long = stepper.submit("long", prompt=9 * BLOCK_TOKENS, max_tokens=2)
+    for index in range(4, 60):
+        stepper.submit(f"r{index}", prompt=8, max_tokens=12)
+        stepper.step()
+    assert long.status is SequenceStatus.FINISHED
+
+
+def test_a_prefix_is_computed_once_and_the_last_token_always():
+    stepper = Stepper()
+    prompt = list(range(3 * BLOCK_TOKENS))
+    first = stepper.submit("first", "a", prompt=prompt, max_tokens=2)
+    stepper.run()
+    again = stepper.submit("again", "a", prompt=prompt, max_tokens=2)
+    longer = stepper.submit("longer", "a", prompt=[*prompt, 1, 2], max_tokens=2)
+    other = stepper.submit("other", "a", prompt=[*prompt[:-20], *[9] * 20], max_tokens=2)
+    chunks = {chunk.sequence.request_id: chunk.num_tokens for chunk in stepper.step()}
+    assert chunks == {"again": BLOCK_TOKENS, "longer": 2, "other": 2 * BLOCK_TOKENS}
+    assert [s.num_reused for s in (first, again, longer, other)] == [0, 32, 48, 16]
+    assert again.blocks[:2] == longer.blocks[:2]
+    assert again.blocks[2] != longer.blocks[2], "the one that is computed anew is its own"
+    stepper.run()
+    assert again.generated_ids == first.generated_ids == stepper.expected(first)
+
+
+def test_nothing_is_reused_across_mixtures_or_weights():
+    stepper = Stepper(max_batch_size=8)
+    prompt = list(range(40))
+    mixtures = [Mixture(), *(Mixture.of({ref("a"): weight}) for weight in (0.5, 1.0)), Mixture.of({ref("b"): 0.5})]
+    for index, mixture in enumerate(mixtures):
+        stepper.submit(f"r{index}", mixture, prompt=prompt)
+    done = stepper.run()
+    assert [sequence.num_reused for sequence in done] == [0] * len(mixtures)
+    assert len({stepper.scheduler.salt_of(sequence) for sequence in done}) == len(mixtures)
+
+
+def test_salts_of_two_bases_differ():
+    sequence = Stepper().submit("r", "a")
+    assert Stepper(base="one").scheduler.salt_of(sequence) != Stepper(base="other").scheduler.salt_of(sequence)
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_again():
+    stepper = Stepper(num_blocks=7)
+    first = stepper.submit("first", prompt=20, max_tokens=60)
+    second = stepper.submit("second", prompt=[2] * 20, max_tokens=30)
+    while not second.num_preemptions:
+        stepper.step()
+    num_full = (second.num_tokens - 1) // BLOCK_TOKENS
+    stepper.scheduler.retire(first, SequenceStatus.CANCELLED)
+    stepper.step()
+    assert second.num_reused == num_full * BLOCK_TOKENS > 2 * BLOCK_TOKENS
+    stepper.run()
+    assert second.generated_ids == stepper.expected(second)

@@ -33,5 +33,5 @@ def mixed_logits(model: ZephyraFusionForCausalLM, weights: AdapterWeights, ids_B
     """Logits as serving computes them: every row through `weights` alone."""
     served = copy.deepcopy(model)
     batch = attach_mixed_batch(served)
-    batch.set_rows([Mixture.of({REF: 1.0})] * len(ids_BT), ids_BT.shape[1], {REF: weights})
+    batch.set_rows([Mixture.of({REF: 1.0})] * len(ids_BT), [ids_BT.shape[1]] * len(ids_BT), {REF: weights})
     return logits(served, ids_BT)

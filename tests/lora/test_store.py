@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.lora.store import write_version
+from cluster.lora.store import write_folder, write_version
 
 
 def _snapshot(folder: Path) -> dict[str, bytes]:
@@ -57,3 +57,23 @@ def test_writers_at_once_get_different_numbers(tmp_path: Path) -> None:
         thread.join()
     assert sorted(version for version, _ in got) == list(range(1, num_writers * each + 1))
     assert _snapshot(tmp_path) == {f"{version}/deep/file": text.encode() for version, text in got}
+
+
+def test_a_named_folder_is_whole_or_absent_and_never_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "base" / "1-int8"
+
+    def fail(draft: Path) -> None:
+        _write(draft, "half")
+        raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        write_folder(folder, fail)
+    assert not list(folder.parent.iterdir())
+    write_folder(folder, lambda draft: _write(draft, "first"))
+    with pytest.raises(FileExistsError):
+        write_folder(folder, lambda draft: _write(draft, "second"))
+
+    other = tmp_path / "base" / "1-int4"
+    with pytest.raises(OSError, match="not empty"):  # another writer was first, while this one wrote
+        write_folder(other, lambda draft: (_write(draft, "late"), other.mkdir(), _write(other, "early"))[0])
+    assert _snapshot(folder.parent) == {"1-int8/deep/file": b"first", "1-int4/deep/file": b"early"}

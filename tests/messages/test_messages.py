@@ -14,12 +14,14 @@ from cluster.messages import (
     RESERVED_NAMES,
     AdapterRef,
     ChatMessage,
+    ClientRequest,
     GenerateRequest,
     Mixture,
     Role,
     SamplingParams,
     check_domain_name,
     check_prompt,
+    check_vocabulary,
     check_weights,
     text_to_route,
 )
@@ -98,6 +100,17 @@ def test_all_zero_and_too_many_weights_are_refused() -> None:
         ("top_k", (0, 5), (-1,)),
         ("seed", (None, 0, 2**63 - 1), (-1, 2**63)),
         ("stop", ((), ("a",) * 16), (("",), ("a",) * 17)),
+        ("min_p", (0.0, 1.0), (-0.1, 1.1, math.nan)),
+        ("repetition_penalty", (0.01, 1.0, 100.0), (0.0, -1.0, 101.0, math.nan, math.inf)),
+        ("presence_penalty", (-2.0, 2.0), (-2.1, 2.1, math.nan)),
+        ("frequency_penalty", (-2.0, 2.0), (-2.1, 2.1, math.nan)),
+        (
+            "logit_bias",
+            ((), ((0, -100.0), (1, 100.0)), tuple((i, 1.0) for i in range(300))),
+            (((0, 100.1),), ((0, math.nan),), ((0, 1.0), (0, 2.0)), tuple((i, 1.0) for i in range(301))),
+        ),
+        ("stop_token_ids", ((), tuple(range(64))), (tuple(range(65)),)),
+        ("logprobs", (None, 0, 20), (-1, 21)),
     ],
 )
 def test_sampling_takes_what_it_says_and_nothing_else(field: str, good: tuple[object], bad: tuple[object]) -> None:
@@ -106,6 +119,33 @@ def test_sampling_takes_what_it_says_and_nothing_else(field: str, good: tuple[ob
     for value in bad:
         with pytest.raises(InvalidInput, match=f"^{field} is "):
             SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "good", "bad"),
+    [
+        ("num_choices", "n", (1, 16), (0, -1, 17)),
+        ("priority", "priority", (0, -(2**31), 2**31 - 1), (2**31, -(2**31) - 1)),
+        ("timeout_s", "timeout_s", (None, 1e-3, 86_400.0), (0.0, -1.0, 86_401.0, math.nan, math.inf)),
+    ],
+)
+def test_a_client_request_takes_what_it_says_and_nothing_else(
+    field: str, name: str, good: tuple[object], bad: tuple[object]
+) -> None:
+    for value in good:
+        assert getattr(ClientRequest("hi", **{field: value}), field) == value
+    for value in bad:
+        with pytest.raises(InvalidInput, match=f"^{name} is "):
+            ClientRequest("hi", **{field: value})
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_by_name() -> None:
+    check_vocabulary(SamplingParams(logit_bias=((0, 1.0), (9, 1.0)), stop_token_ids=(0, 9)), 10)
+    for bad in (10, -1):
+        with pytest.raises(InvalidInput, match=f"^logit_bias names token {bad}; the model's tokens are 0 to 9"):
+            check_vocabulary(SamplingParams(logit_bias=((1, 1.0), (bad, 1.0))), 10)
+        with pytest.raises(InvalidInput, match=f"^stop_token_ids names token {bad};"):
+            check_vocabulary(SamplingParams(stop_token_ids=(1, bad)), 10)
 
 
 def test_prompts_that_cannot_be_are_refused() -> None:
@@ -131,6 +171,8 @@ def test_a_request_crosses_a_process_border_as_it_is() -> None:
         "r1",
         (ChatMessage(Role.USER, "hé"),),
         Mixture.of({AdapterRef("law", 1): 0.5, AdapterRef("math", 2): 0.25}),
-        SamplingParams(seed=7, stop=("x",)),
+        SamplingParams(seed=7, stop=("x",), logit_bias=((1, 2.0),), logprobs=3),
+        priority=-1,
+        timeout_s=2.5,
     )
     assert pickle.loads(pickle.dumps(request)) == request

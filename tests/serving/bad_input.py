@@ -77,6 +77,52 @@ BAD_REQUESTS = [
     _bad("top_p of 0", {"top_p": 0}, {"sampling": pb.Sampling(top_p=0)}, "top_p", "above 0"),
     _bad("negative top_k", {"top_k": -1}, {"sampling": pb.Sampling(top_k=-1)}, "top_k", "-1"),
     _bad("negative seed", {"seed": -1}, {"sampling": pb.Sampling(seed=-1)}, "seed", "-1"),
+    _bad("NaN min_p", {"min_p": NAN}, {"sampling": pb.Sampling(min_p=NAN)}, "min_p", "nan", "0 to 1"),
+    _bad(
+        "repetition penalty of 0",
+        {"repetition_penalty": 0},
+        {"sampling": pb.Sampling(repetition_penalty=0)},
+        "repetition_penalty",
+        "0.01 to 100",
+    ),
+    _bad(
+        "presence penalty beyond OpenAI's",
+        {"presence_penalty": 3},
+        {"sampling": pb.Sampling(presence_penalty=3)},
+        "presence_penalty",
+        "-2 to 2",
+    ),
+    _bad(
+        "bias beyond OpenAI's", {"logit_bias": {"5": 101}}, {"sampling": pb.Sampling(logit_bias={5: 101})}, "logit_bias"
+    ),
+    _bad(
+        "bias of a token that is none",
+        {"logit_bias": {"999999": 1}},
+        {"sampling": pb.Sampling(logit_bias={999999: 1})},
+        "logit_bias",
+        "999999",
+        "tokens are 0 to",
+    ),
+    _bad(
+        "stop token that is none",
+        {"stop_token_ids": [-1]},
+        {"sampling": pb.Sampling(stop_token_ids=[-1])},
+        "stop_token_ids",
+        "-1",
+        "tokens are 0 to",
+    ),
+    _bad(
+        "too many stop tokens",
+        {"stop_token_ids": [1] * 65},
+        {"sampling": pb.Sampling(stop_token_ids=[1] * 65)},
+        "stop_token_ids",
+        "64",
+    ),
+    _bad("too many logprobs", {"logprobs": 21}, {"sampling": pb.Sampling(logprobs=21)}, "logprobs", "21", "0 to 20"),
+    _bad("no choices", {"n": 0}, {"n": 0}, "n is 0", "1 to 16"),
+    _bad("too many choices", {"n": 17}, {"n": 17}, "n is 17", "1 to 16"),
+    _bad("no time", {"timeout_s": 0}, {"timeout_s": 0}, "timeout_s", "above 0"),
+    _bad("endless time", {"timeout_s": 1e999}, {"timeout_s": 1e999}, "timeout_s", "inf"),
     _bad("empty stop string", {"stop": [""]}, {"sampling": pb.Sampling(stop=[""])}, "stop"),
 ]
 

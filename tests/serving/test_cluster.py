@@ -107,7 +107,7 @@ def test_http_grpc_and_an_engine_of_this_process_give_the_same_tokens(
     assert over_http["zephyra"]["mixture"] == {str(ref): weight for ref, weight in mixture.entries}
     request = pb.GenerateRequest(prompt="What is 7 times 6?", sampling=pb.Sampling(**sampling), **selection)
     whole = stub.Complete(request)
-    assert (list(whole.token_ids), whole.text) == (token_ids, text)
+    assert [(list(choice.token_ids), choice.text) for choice in whole.choices] == [(token_ids, text)]
     chunks = list(stub.Generate(request))
     assert [token for chunk in chunks for token in chunk.token_ids] == token_ids
     assert chunks[-1].usage == whole.usage
@@ -216,7 +216,7 @@ def test_a_client_that_leaves_frees_its_place_on_either_wire(client, stub):
 
 def test_a_new_version_is_served_within_a_second_and_requests_in_flight_keep_theirs(served, client, stub):
     request = pb.GenerateRequest(prompt="hi", domain="sql", sampling=pb.Sampling(max_tokens=600))
-    before = list(stub.Complete(request).token_ids)
+    before = list(stub.Complete(request).choices[0].token_ids)
     in_flight = stub.Generate(request)
     chunks = [next(in_flight)]
     new = publish_adapter(served.root, "sql", seed=77)
@@ -229,7 +229,7 @@ def test_a_new_version_is_served_within_a_second_and_requests_in_flight_keep_the
     chunks += in_flight
     assert [token for chunk in chunks for token in chunk.token_ids] == before
     assert chunks[0].routing.mixture.entries[0].version == new.version - 1
-    assert list(stub.Complete(request).token_ids) != before
+    assert list(stub.Complete(request).choices[0].token_ids) != before
 
 
 def test_a_published_router_decides_within_a_second(served, client, stub):
@@ -245,7 +245,7 @@ def test_a_published_router_decides_within_a_second(served, client, stub):
     assert whole["zephyra"]["mixture"] == {f"{name}@{adapters[name]}": w for name, w in decision.weights.items()}
     assert whole["zephyra"]["probabilities"] == pytest.approx(decision.probabilities, abs=1e-5)
     over_grpc = stub.Complete(pb.GenerateRequest(prompt=prompt, sampling=pb.Sampling(max_tokens=8)))
-    assert over_grpc.text == whole["choices"][0]["text"]
+    assert over_grpc.choices[0].text == whole["choices"][0]["text"]
     assert dict(over_grpc.routing.probabilities) == pytest.approx(decision.probabilities, abs=1e-5)
 
 

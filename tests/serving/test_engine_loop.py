@@ -185,7 +185,7 @@ async def test_a_client_that_leaves_while_waiting_for_an_adapter_is_forgotten(lo
 
 
 async def test_a_slow_reader_gets_everything_in_fewer_chunks(root, loop):
-    given = request("slow", max_tokens=60)
+    given = request("slow", max_tokens=60, logprobs=0)
     chunks = []
     async with aclosing(loop.generate(given)) as stream:
         async for chunk in stream:
@@ -193,6 +193,7 @@ async def test_a_slow_reader_gets_everything_in_fewer_chunks(root, loop):
             await asyncio.sleep(0.05)
     expected = stepped(root, given)
     assert token_ids(chunks) == token_ids(expected)
+    assert [report.token_id for chunk in chunks for report in chunk.logprobs] == token_ids(expected)
     assert len(chunks) < len(expected)
     assert [c.finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
 

@@ -2,13 +2,23 @@
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
 from cluster.config import AppSettings
-from cluster.errors import InvalidMixture, RouterUnavailable, UnknownDomain, UnknownModel
+from cluster.errors import DeadlineExceeded, InvalidMixture, Overloaded, RouterUnavailable, UnknownDomain, UnknownModel
 from cluster.lora.catalog import Catalog, Change
-from cluster.messages import AdapterRef, ChatMessage, ClientRequest, Mixture, Role, SamplingParams
+from cluster.messages import (
+    AdapterRef,
+    ChatMessage,
+    ClientRequest,
+    FinishReason,
+    Mixture,
+    Role,
+    SamplingParams,
+    TokenChunk,
+)
 from deployments.base_replica import BaseReplica
 from deployments.gateway import Gateway
 from tests.nano import DOMAINS, publish_adapter
@@ -29,7 +39,7 @@ async def ask(gateway, given):
     """The routing and the token ids."""
     answer = await gateway.answer(given)
     async with aclosing(answer):
-        return answer.routing, [token async for chunk in answer.chunks() for token in chunk.token_ids]
+        return answer.routing, [token async for piece in answer.pieces() for token in piece.chunk.token_ids]
 
 
 async def until(condition, seconds=5.0):
@@ -113,7 +123,7 @@ async def test_a_new_version_is_used_within_a_second_and_a_request_in_flight_kee
 
     await until(is_current, seconds=1)
     async with aclosing(in_flight):
-        tokens = [token async for chunk in in_flight.chunks() for token in chunk.token_ids]
+        tokens = [token async for piece in in_flight.pieces() for token in piece.chunk.token_ids]
     assert (in_flight.routing.mixture, tokens) == (Mixture.of({ref("law"): 1.0}), before)
     routing, after = await ask(system.gateway, given)
     assert routing.mixture == Mixture.of({new: 1.0})
@@ -166,6 +176,142 @@ async def test_a_damaged_generation_leaves_the_last_good_one(own_root, caplog):
 
     await until(is_current)
     system.replica.engine.stop()
+
+
+class ScriptedReplica:
+    """Gives each request its own chunks, and remembers the requests and which of their answers were closed early."""
+
+    def __init__(self, scripts):
+        self.scripts, self.requests, self.cut_short, self.num_open = list(scripts), [], set(), 0
+
+    async def generate(self, given):
+        index = len(self.requests)
+        self.requests.append(given)
+        self.cut_short.add(index)
+        self.num_open += 1
+        try:
+            for item in self.scripts[index]:
+                if isinstance(item, float):
+                    await asyncio.sleep(item)
+                else:
+                    yield item
+            self.cut_short.remove(index)
+        finally:
+            self.num_open -= 1
+
+
+def gateway_to(root, replica):
+    return Gateway(LocalHandle(WordRouter(DOMAINS)), LocalHandle(replica), str(root))
+
+
+def chunk(token, last=False):
+    return TokenChunk((token,), str(token), FinishReason.LENGTH if last else None)
+
+
+async def test_each_choice_is_a_request_of_its_own_and_goes_on_from_the_seed(root):
+    replica = ScriptedReplica([[chunk(i, last=True)] for i in range(3)] * 2)
+    gateway = gateway_to(root, replica)
+    given = ClientRequest(
+        "hi", "base", None, SamplingParams(seed=2**63 - 2, temperature=1.0), num_choices=3, priority=4, timeout_s=9.0
+    )
+    for seeds, asked in (
+        ([2**63 - 2, 2**63 - 1, 0], given),
+        ([None] * 3, replace(given, sampling=SamplingParams())),
+    ):
+        replica.requests.clear()
+        answer = await gateway.answer(asked)
+        async with aclosing(answer):
+            pieces = [piece async for piece in answer.pieces()]
+        assert sorted(piece.index for piece in pieces) == [0, 1, 2]
+        assert [one.sampling.seed for one in replica.requests] == seeds
+        assert len({one.request_id for one in replica.requests}) == 3
+        assert {(one.prompt, one.priority) for one in replica.requests} == {("hi", 4)}
+        assert all(8.0 < one.timeout_s <= 9.0 for one in replica.requests)
+
+
+async def test_choices_come_as_they_are_made_and_in_their_own_order(root):
+    slow, fast = [chunk(1), 0.2, chunk(2, last=True)], [chunk(3), chunk(4), chunk(5, last=True)]
+    answer = await gateway_to(root, ScriptedReplica([slow, fast])).answer(ClientRequest("hi", "base", num_choices=2))
+    async with aclosing(answer):
+        seen = [(piece.index, *piece.chunk.token_ids) async for piece in answer.pieces()]
+    assert [token for index, token in seen if index == 0] == [1, 2]
+    assert [token for index, token in seen if index == 1] == [3, 4, 5]
+    assert seen[-1] == (0, 2)
+
+
+@pytest.mark.parametrize("others", [[chunk(1), 60.0, chunk(2, last=True)], [60.0, chunk(1, last=True)]])
+async def test_a_choice_that_fails_ends_all(root, others):
+    replica = ScriptedReplica([others, [0.05, Overloaded("No more.")], others])
+    gateway = gateway_to(root, replica)
+    with pytest.raises(Overloaded):
+        async with aclosing(await gateway.answer(ClientRequest("hi", "base", num_choices=3))) as answer:
+            assert [piece.chunk.token_ids async for piece in answer.pieces()] == [(1,), (1,)]
+
+    async def all_are_over():
+        return replica.num_open == 0
+
+    await until(all_are_over)
+    assert {0, 2} <= replica.cut_short
+
+
+async def test_closing_an_answer_of_many_choices_reaches_the_engine(system):
+    given = replace(request(model="base", max_tokens=2000), num_choices=4)
+    async with aclosing(await system.gateway.answer(given)):
+        stats = await system.replica.stats()
+        assert stats.num_running + stats.num_waiting == 4
+
+    async def is_idle():
+        stats = await system.replica.stats()
+        return stats.num_running + stats.num_waiting == 0
+
+    await until(is_idle)
+    assert (await system.replica.stats()).num_finished == 0
+
+
+async def test_a_choice_is_the_answer_to_its_seed_alone(system):
+    sampling = SamplingParams(max_tokens=12, temperature=1.0, seed=5)
+    given = ClientRequest("of law", sampling=sampling, num_choices=3)
+    answer = await system.gateway.answer(given)
+    tokens = [[], [], []]
+    async with aclosing(answer):
+        async for piece in answer.pieces():
+            tokens[piece.index] += piece.chunk.token_ids
+    alone = [
+        (await ask(system.gateway, ClientRequest("of law", sampling=replace(sampling, seed=5 + index))))[1]
+        for index in range(3)
+    ]
+    assert tokens == alone
+    assert tokens[0] != tokens[1] != tokens[2]
+
+
+class SlowRouter(WordRouter):
+    """Takes its time."""
+
+    async def route(self, texts):
+        await asyncio.sleep(0.1)
+        return await super().route(texts)
+
+
+async def test_time_that_routing_used_up_is_not_given_again(root):
+    replica = ScriptedReplica([[chunk(1, last=True)]])
+    gateway = Gateway(LocalHandle(SlowRouter(DOMAINS)), LocalHandle(replica), str(root))
+    with pytest.raises(DeadlineExceeded, match=r"timeout_s of 0\.05"):
+        await gateway.answer(ClientRequest("hi", timeout_s=0.05))
+    assert replica.requests == []
+    async with aclosing(await gateway.answer(ClientRequest("hi", timeout_s=5))):
+        assert replica.requests[0].timeout_s < 4.9
+
+
+async def test_a_deadline_ends_all_choices_in_the_engine(system):
+    given = ClientRequest("hi", "base", sampling=SamplingParams(max_tokens=3900), num_choices=2, timeout_s=0.3)
+    with pytest.raises(DeadlineExceeded):
+        await ask(system.gateway, given)
+
+    async def is_idle():
+        stats = await system.replica.stats()
+        return stats.num_running + stats.num_waiting == 0
+
+    await until(is_idle, seconds=1)
 
 
 async def test_closing_an_answer_reaches_the_engine(system):

@@ -4,11 +4,13 @@ import asyncio
 from contextlib import aclosing
 
 import grpc
+import httpx
 import pytest
 
 from cluster.errors import PeerRefused, ZephyraError
 from cluster.messages import ChatMessage, ClientRequest, Role, SamplingParams
 from deployments import grpc_api
+from deployments.openai_api import build_api
 from deployments.protos import zephyra_pb2 as pb
 from tests.serving.bad_input import BAD_REQUESTS, check_sentence
 
@@ -44,7 +46,38 @@ TURNS = (ChatMessage(Role.SYSTEM, "Be brief."), ChatMessage(Role.USER, "hi"))
 MIXTURE = pb.Mixture(
     entries=[pb.MixtureEntry(domain="law", weight=0.5), pb.MixtureEntry(domain="math", version=2, weight=1)]
 )
-SAMPLING = pb.Sampling(max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, seed=5, stop=["x"])
+SAMPLING = pb.Sampling(
+    max_tokens=3,
+    temperature=0.5,
+    top_p=0.9,
+    top_k=4,
+    seed=5,
+    stop=["x"],
+    min_p=0.125,
+    repetition_penalty=1.5,
+    presence_penalty=-0.5,
+    frequency_penalty=0.25,
+    logit_bias={9: -1.5, 2: 3.0},
+    stop_token_ids=[7, 8],
+    ignore_eos=True,
+    logprobs=0,
+)
+PARAMS = SamplingParams(
+    max_tokens=3,
+    temperature=0.5,
+    top_p=0.9,
+    top_k=4,
+    seed=5,
+    stop=("x",),
+    min_p=0.125,
+    repetition_penalty=1.5,
+    presence_penalty=-0.5,
+    frequency_penalty=0.25,
+    logit_bias=((2, 3.0), (9, -1.5)),
+    stop_token_ids=(7, 8),
+    ignore_eos=True,
+    logprobs=0,
+)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +90,10 @@ SAMPLING = pb.Sampling(max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, seed=5
         (pb.GenerateRequest(prompt="hi", mixture=MIXTURE), ClientRequest("hi", mixture={"law": 0.5, "math@2": 1.0})),
         (pb.GenerateRequest(prompt="hi", mixture=pb.Mixture()), ClientRequest("hi", mixture={})),
         (pb.GenerateRequest(chat=CHAT), ClientRequest(TURNS)),
+        (pb.GenerateRequest(prompt="hi", sampling=SAMPLING), ClientRequest("hi", sampling=PARAMS)),
         (
-            pb.GenerateRequest(prompt="hi", sampling=SAMPLING),
-            ClientRequest("hi", sampling=SamplingParams(3, 0.5, 0.9, 4, 5, ("x",))),
+            pb.GenerateRequest(prompt="hi", n=3, priority=-2, timeout_s=1.5),
+            ClientRequest("hi", num_choices=3, priority=-2, timeout_s=1.5),
         ),
     ],
 )
@@ -74,10 +108,11 @@ async def generated(gateway, request, context):
 async def test_a_stream_says_the_same_as_the_whole_answer(system):
     request = pb.GenerateRequest(prompt="law and sql", sampling=pb.Sampling(max_tokens=20))
     whole = await grpc_api.complete(system.gateway, request, Context())
+    (choice,) = whole.choices
     chunks = await generated(system.gateway, request, Context())
-    assert [token for chunk in chunks for token in chunk.token_ids] == list(whole.token_ids)
-    assert "".join(chunk.text for chunk in chunks) == whole.text
-    assert chunks[-1].finish_reason == whole.finish_reason == pb.FINISH_REASON_LENGTH
+    assert [token for chunk in chunks for token in chunk.token_ids] == list(choice.token_ids)
+    assert "".join(chunk.text for chunk in chunks) == choice.text
+    assert chunks[-1].finish_reason == choice.finish_reason == pb.FINISH_REASON_LENGTH
     assert chunks[-1].usage == whole.usage
     assert whole.usage.completion_tokens == 20
     assert chunks[0].routing.mixture == whole.routing.mixture
@@ -87,6 +122,37 @@ async def test_a_stream_says_the_same_as_the_whole_answer(system):
     ]
     assert dict(whole.routing.probabilities) == {"law": 0.5, "math": 0.0, "sql": 0.5, "none": 0.0}
     assert not any(chunk.HasField("routing") for chunk in chunks[1:])
+
+
+async def test_choices_and_logprobs_are_those_of_the_stream_and_of_http(system):
+    sampling = pb.Sampling(max_tokens=10, temperature=1.5, seed=4, logprobs=2)
+    request = pb.GenerateRequest(prompt="hi", base=pb.Base(), sampling=sampling, n=3)
+    whole = await grpc_api.complete(system.gateway, request, Context())
+    chunks = await generated(system.gateway, request, Context())
+    assert len(whole.choices) == 3
+    for index, choice in enumerate(whole.choices):
+        own = [chunk for chunk in chunks if chunk.index == index]
+        assert [token for chunk in own for token in chunk.token_ids] == list(choice.token_ids)
+        assert "".join(chunk.text for chunk in own) == choice.text
+        # The two may have been batched differently, which changes a logit's last bits.
+        streamed = [logprob.logprob for chunk in own for logprob in chunk.logprobs]
+        assert streamed == pytest.approx([logprob.logprob for logprob in choice.logprobs], abs=1e-4)
+        assert [chunk.finish_reason > 0 for chunk in own] == [False] * (len(own) - 1) + [True]
+        assert [logprob.token_id for logprob in choice.logprobs] == list(choice.token_ids)
+        assert all(len(logprob.top) == 2 for logprob in choice.logprobs)
+        joined = b"".join(logprob.text_bytes for logprob in choice.logprobs)
+        assert joined.decode(errors="replace") == choice.text
+    assert whole.usage.completion_tokens == 30
+    assert [chunk.HasField("usage") for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert chunks[-1].usage == whole.usage
+    body = {"prompt": "hi", "model": "base", "max_tokens": 10, "temperature": 1.5, "seed": 4, "logprobs": 2, "n": 3}
+    transport = httpx.ASGITransport(build_api(system.gateway))
+    async with httpx.AsyncClient(transport=transport, base_url="http://zephyra") as client:
+        over_http = (await client.post("/v1/completions", json=body)).json()
+    assert [choice["text"] for choice in over_http["choices"]] == [choice.text for choice in whole.choices]
+    for ours, choice in zip(over_http["choices"], whole.choices, strict=True):
+        logprobs = [logprob.logprob for logprob in choice.logprobs]
+        assert ours["logprobs"]["token_logprobs"] == pytest.approx(logprobs, abs=1e-4)
 
 
 async def test_a_client_that_leaves_frees_its_place(system):

@@ -3,48 +3,22 @@
 import json
 import logging
 
-import httpx
 import pytest
 
-from cluster.errors import Overloaded
+from cluster.errors import DeadlineExceeded, Overloaded
 from cluster.messages import GenerateRequest, Mixture, SamplingParams
 from deployments.body_limit import MAX_BODY_BYTES
 from deployments.gateway import Gateway
-from deployments.openai_api import build_api
+from deployments.openai_messages import CompletionBody
 from tests.nano import DOMAINS
 from tests.serving.bad_input import BAD_REQUESTS, check_sentence
+from tests.serving.http_client import HI, client_of, error_of, events
 from tests.serving.local import GoneHandle, LocalHandle, WordRouter
 
 pytestmark = pytest.mark.anyio
 
 
 LONG_REQUEST = GenerateRequest("r", "hi", Mixture(), SamplingParams(max_tokens=40))
-
-
-def client_of(gateway):
-    transport = httpx.ASGITransport(build_api(gateway), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://zephyra")
-
-
-@pytest.fixture
-async def client(system):
-    async with client_of(system.gateway) as client:
-        yield client
-
-
-def events(response):
-    """The JSON of each server-sent event; the last must say [DONE]."""
-    lines = [block.removeprefix("data: ") for block in response.text.split("\n\n")]
-    assert lines[-2:] == ["[DONE]", ""]
-    return [json.loads(line) for line in lines[:-2]]
-
-
-def error_of(response):
-    """The error object, its shape checked."""
-    content = response.json()
-    assert list(content) == ["error"]
-    assert sorted(content["error"]) == ["code", "message", "param", "type"]
-    return content["error"]
 
 
 async def test_a_completion(client):
@@ -109,7 +83,8 @@ async def test_a_stop_string_ends_the_answer(client):
 
 async def test_nulls_mean_the_defaults_as_openais_clients_send_them(client):
     body = {"model": "base", "prompt": "hi", "max_tokens": 4}
-    nulls = dict.fromkeys(("temperature", "top_p", "top_k", "seed", "stop", "n", "mixture", "stream_options", "user"))
+    nulls = dict.fromkeys(CompletionBody.model_fields.keys() - body.keys() - {"stream"})
+    assert len(nulls) > 15
     first, second = [(await client.post("/v1/completions", json=b)).json() for b in (body, {**body, **nulls})]
     assert first["choices"] == second["choices"]
 
@@ -133,36 +108,60 @@ async def test_bad_requests_get_a_sentence_and_a_status_also_before_a_stream(cli
     check_sentence(error_of(response)["message"], case)
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "words", "param"),
-    [
-        ("/v1/completions", {"prompt": "hi", "max_tokns": 3}, ["max_tokns", "max_tokens"], "max_tokns"),
-        ("/v1/completions", {"max_tokens": 3}, ["prompt", "missing"], "prompt"),
-        ("/v1/completions", {"prompt": ["hi"]}, ["prompt", "string"], "prompt"),
-        ("/v1/completions", {"prompt": "hi", "max_tokens": "3"}, ["max_tokens", "'3'", "integer"], "max_tokens"),
-        ("/v1/completions", {"prompt": "hi", "max_tokens": 1.5}, ["max_tokens", "1.5", "integer"], "max_tokens"),
-        ("/v1/completions", {"prompt": "hi", "temperature": "hot"}, ["temperature", "'hot'", "number"], "temperature"),
-        ("/v1/completions", {"prompt": "hi", "temperature": 11}, ["temperature", "11", "10"], None),
-        ("/v1/completions", {"prompt": "hi", "stop": 3}, ["stop", "3", "list of strings"], "stop"),
-        ("/v1/completions", {"prompt": "hi", "n": 2}, ["n", "2", "1"], "n"),
-        ("/v1/completions", {"prompt": "hi", "mixture": {"law": "x"}}, ["mixture.law", "'x'", "number"], "mixture"),
-        ("/v1/completions", {"prompt": "hi", "stream_options": {}}, ["stream_options"], None),
-        ("/v1/completions", {"prompt": "hi", "model": "gpt-4"}, ["gpt-4", "zephyra:law"], None),
-        ("/v1/chat/completions", {"messages": []}, ["empty"], None),
-        ("/v1/chat/completions", {"messages": [{"role": "bot", "content": "x"}]}, ["role", "'bot'"], "messages"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "name": "y"}]}, ["name"], "messages"),
-        ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, ["assistant", "user"], None),
-        (
-            "/v1/chat/completions",
-            {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "max_completion_tokens": 4},
-            ["max_tokens is 3", "max_completion_tokens is 4"],
-            None,
-        ),
-        ("/v1/route", {}, ["prompt or messages"], None),
-        ("/v1/route", {"prompt": "x", "messages": []}, ["prompt or messages"], None),
-        ("/v1/route", {"prompt": ""}, ["empty"], None),
-    ],
-)
+BAD_BODIES = [
+    ("/v1/completions", {"prompt": "hi", "max_tokns": 3}, ["max_tokns", "max_tokens"], "max_tokns"),
+    ("/v1/completions", {"max_tokens": 3}, ["prompt", "missing"], "prompt"),
+    ("/v1/completions", {"prompt": ["hi"]}, ["prompt", "string"], "prompt"),
+    ("/v1/completions", {"prompt": "hi", "max_tokens": "3"}, ["max_tokens", "'3'", "integer"], "max_tokens"),
+    ("/v1/completions", {"prompt": "hi", "max_tokens": 1.5}, ["max_tokens", "1.5", "integer"], "max_tokens"),
+    ("/v1/completions", {"prompt": "hi", "temperature": "hot"}, ["temperature", "'hot'", "number"], "temperature"),
+    ("/v1/completions", {"prompt": "hi", "temperature": 11}, ["temperature", "11", "10"], None),
+    ("/v1/completions", {"prompt": "hi", "stop": 3}, ["stop", "3", "list of strings"], "stop"),
+    ("/v1/completions", {"prompt": "hi", "n": 2.5}, ["n", "2.5", "integer"], "n"),
+    ("/v1/completions", {"prompt": "hi", "logit_bias": {"a": 1}}, ["logit_bias", "'a'", "token ids"], None),
+    ("/v1/completions", {"prompt": "hi", "logit_bias": {"07": 1}}, ["logit_bias", "'07'", "token ids"], None),
+    (
+        "/v1/completions",
+        {"prompt": "hi", "logit_bias": {"7": "x"}},
+        ["logit_bias.7", "'x'", "number"],
+        "logit_bias",
+    ),
+    ("/v1/completions", {"prompt": "hi", "logit_bias": [7]}, ["logit_bias", "[7]", "dictionary"], "logit_bias"),
+    ("/v1/completions", {"prompt": "hi", "stop_token_ids": ["7"]}, ["stop_token_ids.0", "'7'"], "stop_token_ids"),
+    ("/v1/completions", {"prompt": "hi", "logprobs": True}, ["logprobs", "True", "integer"], "logprobs"),
+    ("/v1/chat/completions", {"messages": HI, "logprobs": 3}, ["logprobs", "3", "boolean"], "logprobs"),
+    (
+        "/v1/chat/completions",
+        {"messages": HI, "top_logprobs": 3},
+        ["top_logprobs is 3", "logprobs is not true"],
+        None,
+    ),
+    (
+        "/v1/chat/completions",
+        {"messages": HI, "top_logprobs": 21, "logprobs": True},
+        ["logprobs is 21", "0 to 20"],
+        None,
+    ),
+    ("/v1/completions", {"prompt": "hi", "mixture": {"law": "x"}}, ["mixture.law", "'x'", "number"], "mixture"),
+    ("/v1/completions", {"prompt": "hi", "stream_options": {}}, ["stream_options"], None),
+    ("/v1/completions", {"prompt": "hi", "model": "gpt-4"}, ["gpt-4", "zephyra:law"], None),
+    ("/v1/chat/completions", {"messages": []}, ["empty"], None),
+    ("/v1/chat/completions", {"messages": [{"role": "bot", "content": "x"}]}, ["role", "'bot'"], "messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "name": "y"}]}, ["name"], "messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, ["assistant", "user"], None),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "max_completion_tokens": 4},
+        ["max_tokens is 3", "max_completion_tokens is 4"],
+        None,
+    ),
+    ("/v1/route", {}, ["prompt or messages"], None),
+    ("/v1/route", {"prompt": "x", "messages": []}, ["prompt or messages"], None),
+    ("/v1/route", {"prompt": ""}, ["empty"], None),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "words", "param"), BAD_BODIES)
 async def test_bodies_that_are_not_what_was_expected(client, path, body, words, param):
     response = await client.post(path, json=body)
     assert response.status_code == (404 if body.get("model") == "gpt-4" else 400)
@@ -239,6 +238,14 @@ async def test_a_full_queue_says_when_to_come_back(root):
         response = await client.post("/v1/completions", json={"prompt": "hi", "stream": True})
     assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     assert error_of(response)["type"] == "rate_limit_error"
+
+
+async def test_a_deadline_that_passed_is_504(root):
+    replica = FailingReplica(DeadlineExceeded("The answer was not complete within 2 s; allow more."))
+    gateway = Gateway(LocalHandle(WordRouter(DOMAINS)), LocalHandle(replica), str(root))
+    async with client_of(gateway) as client:
+        response = await client.post("/v1/completions", json={"prompt": "hi", "timeout_s": 2.0})
+    assert (response.status_code, error_of(response)["code"]) == (504, "deadline_exceeded")
 
 
 async def test_a_bug_is_logged_and_not_shown(root, caplog):

@@ -82,7 +82,7 @@ def test_each_row_of_a_soft_mixture_answers_as_in_serving_and_as_merged() -> Non
     mixtures = [
         Mixture.of({AdapterRef(d, 1): w for d, w in row.items()}) if any(row.values()) else Mixture() for row in rows
     ]
-    batch.set_rows(mixtures, ids_BT.shape[1], resident)
+    batch.set_rows(mixtures, [ids_BT.shape[1]] * len(ids_BT), resident)
     torch.testing.assert_close(got_BTV, logits(served, ids_BT), rtol=1e-5, atol=1e-5)
     for index, row in enumerate(rows):
         merged_BTV = _merged_logits(plain, row, adapters, ids_BT[index : index + 1])

@@ -1,0 +1,98 @@
+"""Tokens per second: the base alone, adapters in turn, many adapters or one, mixtures or single ones, adapters idle."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks.bench import Bench
+from benchmarks.figures import (
+    CONCURRENCY,
+    Measurement,
+    Measurements,
+    mixed_name,
+    paired_ratios,
+    share_allowed,
+)
+from benchmarks.system import Size, System, domain, in_turn, plain
+from benchmarks.workload import MixtureOf
+
+MANY = 16
+"""Requests, and distinct adapters, of the loads that share or do not share them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """So many requests at once, each with the mixture of its number."""
+
+    num_requests: int
+    mixture_of: MixtureOf
+
+    def tokens_per_s(self, system: System) -> float:
+        """Play it once."""
+        return system.play(self.num_requests, self.mixture_of).tokens_per_s
+
+
+def loads(num_adapters: int) -> dict[str, Load]:
+    """Every load, by name."""
+    named = {}
+    for n in CONCURRENCY:
+        named[f"base_{n}"] = Load(n, plain)
+        named[mixed_name(num_adapters, n)] = Load(n, in_turn(num_adapters))
+    named["same16"] = Load(MANY, in_turn(1))
+    named["distinct16"] = Load(MANY, in_turn(MANY))
+    named["mix3"] = Load(MANY, in_turn(num_adapters, num_mixed=3))
+    return named
+
+
+def _runs(system: System, named: dict[str, Load]) -> dict[str, Callable[[], float]]:
+    return {name: partial(load.tokens_per_s, system) for name, load in named.items()}
+
+
+def serving(bench: Bench) -> Measurements:
+    """The base alone and adapters in turn, at each concurrency."""
+    names = [name for n in CONCURRENCY for name in (f"base_{n}", mixed_name(bench.num_adapters, n))]
+    with bench.opened(Size(bench.num_adapters)) as system:
+        named = {name: load for name, load in loads(bench.num_adapters).items() if name in names}
+        rates = bench.interleaved("base and adapters", _runs(system, named), bench.effort.rounds)
+    figures = {name: Measurement(values) for name, values in rates.items()}
+    for n in CONCURRENCY:
+        mixed = mixed_name(bench.num_adapters, n)
+        num_active = min(n, bench.num_adapters)
+        step_s = n / figures[f"base_{n}"].value
+        bound = share_allowed(step_s, num_active * bench.model.adapter_bytes(), bench.bandwidth)
+        figures[f"{mixed}_over_base"] = Measurement(paired_ratios(rates[mixed], rates[f"base_{n}"]), bound)
+    return figures
+
+
+def sharing(bench: Bench) -> Measurements:
+    """16 requests: distinct adapters against one adapter, and mixtures of 3 against single adapters.
+
+    The mixtures are of the same adapters as the single ones, so that both must read the same bytes.
+    """
+    single = mixed_name(bench.num_adapters, MANY)
+    named = {name: loads(bench.num_adapters)[name] for name in ("same16", "distinct16", single, "mix3")}
+    with bench.opened(Size(max(MANY, bench.num_adapters))) as system:
+        rates = bench.interleaved("shared adapters and mixtures", _runs(system, named), bench.effort.rounds)
+    step_s = MANY / Measurement(rates["same16"]).value
+    bound = share_allowed(step_s, (MANY - 1) * bench.model.adapter_bytes(), bench.bandwidth)
+    return {
+        "distinct16_over_same16": Measurement(paired_ratios(rates["distinct16"], rates["same16"]), bound),
+        "mix3_over_single": Measurement(paired_ratios(rates["mix3"], rates[single]), bound=1.0),
+    }
+
+
+def idle_adapters(bench: Bench) -> Measurements:
+    """Requests to the base alone on an engine that holds adapters against one that holds none.
+
+    Two engines with equal work can differ by how their memory happens to lie. So both are measured before either
+    holds an adapter, too, and the ratio then is divided out.
+    """
+    load = Load(MANY, plain)
+    with bench.opened(Size(bench.num_adapters)) as with_adapters, bench.opened(Size(bench.num_adapters)) as without:
+        runs = {"with": partial(load.tokens_per_s, with_adapters), "without": partial(load.tokens_per_s, without)}
+        before = bench.interleaved("two engines, no adapters yet", runs, bench.effort.rounds)
+        with_adapters.client.register([domain(i) for i in range(bench.num_adapters)])
+        after = bench.interleaved("one of them with adapters, idle", runs, bench.effort.rounds)
+    unequal = Measurement(paired_ratios(before["with"], before["without"])).value
+    ratios = paired_ratios(after["with"], after["without"])
+    return {"idle_adapters_over_none": Measurement(tuple(ratio / unequal for ratio in ratios))}
