@@ -89,6 +89,8 @@ class Bench:
             TimeElapsedColumn(),
             TextColumn("{task.fields[last]}"),
             console=console,
+            # Redrawn between runs only: a thread that draws ten times a second takes a core from what is timed.
+            auto_refresh=False,
         )
 
     def opened(self, size: Size, base_folder: Path | None = None) -> AbstractContextManager[System]:
@@ -103,7 +105,7 @@ class Bench:
         task = self.progress.add_task(what, total=len(runs) * (warm_up_rounds + rounds), last="")
 
         def done(name: str) -> None:
-            self.progress.update(task, advance=1, last=name)
+            self.progress.update(task, advance=1, last=name, refresh=True)
 
         interleaved(runs, warm_up_rounds, done)
         return interleaved(runs, rounds, done)

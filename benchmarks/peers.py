@@ -62,11 +62,11 @@ def beside_peers(bench: Bench) -> Measurements:
             for kind, num_adapters in kinds.items():
                 _ours(bench, system, kind)  # to warm up
                 before = _ours(bench, system, kind)
-                bench.progress.update(task, advance=1, last=f"{peer.name} {kind}")
+                bench.progress.update(task, advance=1, last=f"{peer.name} {kind}", refresh=True)
                 theirs = _theirs(bench, peer, num_adapters)
-                bench.progress.update(task, advance=1, last=f"ours, {kind}")
+                bench.progress.update(task, advance=1, last=f"ours, {kind}", refresh=True)
                 after = _ours(bench, system, kind)
-                bench.progress.update(task, advance=1)
+                bench.progress.update(task, advance=1, refresh=True)
                 for n, rate in theirs.items():
                     figures[f"{peer.name}_{kind}_{n}"] = Measurement((rate,))
                     figures[f"{kind}_{n}_over_{peer.name}"] = Measurement((before[n] / rate, after[n] / rate))

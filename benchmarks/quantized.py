@@ -56,7 +56,7 @@ def quality_rises(bench: Bench) -> Measurements:
     task = bench.progress.add_task("perplexity of float, int8, int4", total=1, last="")
     rows = rows_of_all_domains(bench.quality.data, "test", bench.effort.quality_rows_per_domain)
     costs = quantization_costs(bench.quality.base_folder, rows, QUANTIZATIONS)
-    bench.progress.update(task, advance=1)
+    bench.progress.update(task, advance=1, refresh=True)
     return {f"{name}_ppl_rise": Measurement((cost.rise,)) for name, cost in costs.items()}
 
 

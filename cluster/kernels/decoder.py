@@ -120,7 +120,7 @@ class NativeDecoder:
             num_logits=len(given.read_from_L),
             logits=logits_LV.data_ptr(),
         )
-        self.library.zephyra_run(ctypes.byref(self._model), ctypes.byref(step), self._is_bf16)
+        self.library.zephyra_run(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads(), self._is_bf16)
         return logits_LV
 
     @property

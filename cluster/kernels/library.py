@@ -153,10 +153,10 @@ def native_library() -> ctypes.CDLL | None:
         output = getattr(error, "stderr", None)
         logger.warning("The native kernels could not be built; the engine runs in torch, slower. %s", output or error)
         return None
-    library.zephyra_run.argtypes = (ctypes.POINTER(Model), ctypes.POINTER(Step), c_int)
-    library.zephyra_pack.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int)
-    library.zephyra_rows.argtypes = (ctypes.POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int)
-    library.zephyra_product.argtypes = (c_void_p, c_int64, ctypes.POINTER(Matrix), c_void_p, c_int, c_int)
+    library.zephyra_run.argtypes = (ctypes.POINTER(Model), ctypes.POINTER(Step), c_int64, c_int)
+    library.zephyra_pack.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int)
+    library.zephyra_rows.argtypes = (ctypes.POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int64, c_int)
+    library.zephyra_product.argtypes = (c_void_p, c_int64, ctypes.POINTER(Matrix), c_void_p, c_int, c_int64, c_int)
     library.zephyra_prefer_large_pages.argtypes = (c_void_p, c_size_t)
     for name in ("run", "pack", "rows", "product", "prefer_large_pages"):
         getattr(library, f"zephyra_{name}").restype = None

@@ -60,7 +60,15 @@ class PackedMatrix:
         num_bytes = num_blocks * num_quads * per_quad * raw.values_OI.element_size()
         self._weights = native.large_pages(num_bytes, library)
         values_OI = raw.values_OI.contiguous()
-        library.zephyra_pack(values_OI.data_ptr(), outputs, inputs, raw.format, self._weights.data_ptr(), self._is_bf16)
+        library.zephyra_pack(
+            values_OI.data_ptr(),
+            outputs,
+            inputs,
+            raw.format,
+            self._weights.data_ptr(),
+            torch.get_num_threads(),
+            self._is_bf16,
+        )
         self._scales = _packed_scales(raw)
         self._bias = None if bias_O is None else bias_O.detach().to(torch.float32, copy=True).contiguous()
         self.struct = native.Matrix(
@@ -82,7 +90,12 @@ class PackedMatrix:
         rows_N = rows_N.contiguous()
         out_NI = torch.empty(len(rows_N), self.struct.inputs)
         self._library.zephyra_rows(
-            ctypes.byref(self.struct), rows_N.data_ptr(), len(rows_N), out_NI.data_ptr(), self._is_bf16
+            ctypes.byref(self.struct),
+            rows_N.data_ptr(),
+            len(rows_N),
+            out_NI.data_ptr(),
+            torch.get_num_threads(),
+            self._is_bf16,
         )
         return out_NI
 
@@ -92,7 +105,13 @@ class PackedMatrix:
         x_NI = x_NI.contiguous()
         y_NO = torch.empty(len(x_NI), self.struct.outputs)
         self._library.zephyra_product(
-            x_NI.data_ptr(), len(x_NI), ctypes.byref(self.struct), y_NO.data_ptr(), 0, self._is_bf16
+            x_NI.data_ptr(),
+            len(x_NI),
+            ctypes.byref(self.struct),
+            y_NO.data_ptr(),
+            0,
+            torch.get_num_threads(),
+            self._is_bf16,
         )
         return y_NO
 

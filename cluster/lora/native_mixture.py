@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.kernels import library as native
 from cluster.kernels.decoder import Site
-from cluster.lora.weights import AdapterWeights, Factors
+from cluster.lora.weights import AdapterWeights
 from cluster.messages import AdapterRef, Mixture
 
 _WIDTH = 64

@@ -6,7 +6,7 @@
 #pragma once
 #include <vector>
 
-#include "threads.h"
+#include "team.h"
 #include "vector.h"
 
 constexpr int64_t BLOCK_TOKENS = 16;
@@ -64,10 +64,10 @@ struct HeadWeights {
 
 // qkv [tokens][(queries + 2 keys) * size]: queries are made ready in place, keys and values go into the cache.
 template <class E>
-void store_heads(float* qkv, const Heads& heads, const HeadWeights& weights, const Cache& cache, const Tokens& tokens) {
+void store_heads(const Worker& worker, float* qkv, const Heads& heads, const HeadWeights& weights, const Cache& cache,
+                 const Tokens& tokens) {
     const int64_t size = heads.size, width = (heads.queries + 2 * heads.keys) * size;
-#pragma omp parallel for schedule(static) if (tokens.count > 3)
-    for (int64_t t = 0; t < tokens.count; t++) {
+    for (int64_t t = worker.begin(tokens.count); t < worker.end(tokens.count); t++) {
         const int64_t position = tokens.positions[t], offset = position % BLOCK_TOKENS;
         float* row = qkv + t * width;
         for (int64_t n = 0; n < heads.queries + heads.keys; n++) {
@@ -89,6 +89,7 @@ void store_heads(float* qkv, const Heads& heads, const HeadWeights& weights, con
             }
         }
     }
+    worker.wait();
 }
 
 constexpr int MAX_GROUP = 4;  // query heads at once that share a key head
@@ -143,28 +144,27 @@ void attend_heads(const float* q, const Heads& heads, const Cache& cache, const 
             store_some(out + g * size + i, load(sums + g * rounded + i) / total[g], size - i);
 }
 
-// out [tokens][queries * size] from the queries in qkv.
+// out [tokens][queries * size] from the queries in qkv. All threads of a team call it.
 template <class E>
-void attend(const float* qkv, const Heads& heads, const Cache& cache, const Tokens& tokens, E* out) {
+void attend(const Worker& worker, const float* qkv, const Heads& heads, const Cache& cache, const Tokens& tokens,
+            E* out) {
     const int64_t group = heads.queries / heads.keys, width = (heads.queries + 2 * heads.keys) * heads.size;
-#pragma omp parallel
-    {
-        std::vector<float> sums(MAX_GROUP * heads.rounded);
-#pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < tokens.count * heads.keys; unit++) {
-            const int64_t t = unit / heads.keys, key = unit % heads.keys;
-            for (int64_t g = 0; g < group; g += MAX_GROUP) {
-                const int64_t n = key * group + g;
-                const float* q = qkv + t * width + n * heads.size;
-                E* to = out + (t * heads.queries + n) * heads.size;
-                float* s = sums.data();
-                switch (group - g < MAX_GROUP ? group - g : MAX_GROUP) {
-                    case 1: attend_heads<1, E>(q, heads, cache, tokens, t, key, s, to); break;
-                    case 2: attend_heads<2, E>(q, heads, cache, tokens, t, key, s, to); break;
-                    case 3: attend_heads<3, E>(q, heads, cache, tokens, t, key, s, to); break;
-                    default: attend_heads<4, E>(q, heads, cache, tokens, t, key, s, to);
-                }
+    static thread_local std::vector<float> sums;
+    sums.resize(MAX_GROUP * heads.rounded);
+    // Contexts differ in length: who is done takes the next.
+    for (int64_t unit; (unit = worker.team.take()) < tokens.count * heads.keys;) {
+        const int64_t t = unit / heads.keys, key = unit % heads.keys;
+        for (int64_t g = 0; g < group; g += MAX_GROUP) {
+            const int64_t n = key * group + g;
+            const float* q = qkv + t * width + n * heads.size;
+            E* to = out + (t * heads.queries + n) * heads.size;
+            switch (group - g < MAX_GROUP ? group - g : MAX_GROUP) {
+                case 1: attend_heads<1, E>(q, heads, cache, tokens, t, key, sums.data(), to); break;
+                case 2: attend_heads<2, E>(q, heads, cache, tokens, t, key, sums.data(), to); break;
+                case 3: attend_heads<3, E>(q, heads, cache, tokens, t, key, sums.data(), to); break;
+                default: attend_heads<4, E>(q, heads, cache, tokens, t, key, sums.data(), to);
             }
         }
     }
+    worker.wait();
 }

@@ -6,7 +6,7 @@
 #pragma once
 #include <vector>
 
-#include "threads.h"
+#include "team.h"
 #include "vector.h"
 
 constexpr int MAX_PARTS = 3;       // q, k and v read the same rows
@@ -168,44 +168,50 @@ struct Bottleneck {  // one unit of the first half: some columns of one adapter 
     int64_t group, member, from, to, column;
 };
 
-template <class E>
-void add_mixtures(const Mixtures& m, int64_t index, const Parts& parts, const E* x, int64_t inputs, float* y,
-                  int64_t outputs) {
-    static thread_local std::vector<float> scratch;
-    static thread_local std::vector<int64_t> starts, strides;
-    static thread_local std::vector<Bottleneck> units;
-    starts.assign(m.num_groups, 0), strides.assign(m.num_groups, 0), units.clear();
-    int64_t size = 0;
-    for (int64_t g = 0; g < m.num_groups; g++) {
-        starts[g] = size;
-        for (int64_t j = m.member_starts[g]; j < m.member_starts[g + 1]; j++) {
-            const int64_t rank = rank_of(site_of(m, j, index), parts);
-            for (int64_t c = 0; c < rank; c += 8) units.push_back({g, j, c, c + 8 < rank ? c + 8 : rank, strides[g]});
-            strides[g] += rank;
+// The bottlenecks of a step at one product: which there are, and where each lies in the memory for them.
+struct Bottlenecks {
+    std::vector<int64_t> starts, strides;  // of each group
+    std::vector<Bottleneck> units;
+    int64_t size = 0;  // in floats
+
+    void lay_out(const Mixtures& m, int64_t index, const Parts& parts) {
+        starts.assign(m.num_groups, 0), strides.assign(m.num_groups, 0), units.clear(), size = 0;
+        for (int64_t g = 0; g < m.num_groups; g++) {
+            starts[g] = size;
+            for (int64_t j = m.member_starts[g]; j < m.member_starts[g + 1]; j++) {
+                const int64_t rank = rank_of(site_of(m, j, index), parts);
+                for (int64_t c = 0; c < rank; c += 8)
+                    units.push_back({g, j, c, c + 8 < rank ? c + 8 : rank, strides[g]});
+                strides[g] += rank;
+            }
+            size += strides[g] * (m.row_starts[g + 1] - m.row_starts[g]);
         }
-        size += strides[g] * (m.row_starts[g + 1] - m.row_starts[g]);
     }
-    if (!size) return;
-    if (scratch.size() < size_t(size)) scratch.resize(size);
-    float* h = scratch.data();
-    const int64_t *h_starts = starts.data(), *h_strides = strides.data();
-    const Bottleneck* todo = units.data();
-    const int64_t num_units = int64_t(units.size());
+};
+
+// y [rows][outputs] += what the rows' mixtures say of x [rows][inputs], at the product `index` of the model; `h` holds
+// the bottlenecks. All threads of a team call it.
+template <class E>
+void add_mixtures(const Worker& worker, const Mixtures& m, int64_t index, const Parts& parts, const E* x,
+                  int64_t inputs, float* y, int64_t outputs, float* h) {
+    if (!m.num_groups) return;
+    static thread_local Bottlenecks all;
+    all.lay_out(m, index, parts);
+    if (!all.size) return;
+    const int64_t num_units = int64_t(all.units.size());
+    for (int64_t u = worker.begin(num_units); u < worker.end(num_units); u++) {
+        const Bottleneck& unit = all.units[u];
+        bottleneck(m, unit.group, site_of(m, unit.member, index), parts, m.weights[unit.member], x, inputs, unit.from,
+                   unit.to, h + all.starts[unit.group] + unit.column, all.strides[unit.group]);
+    }
+    worker.wait();
     int64_t blocks[MAX_PARTS + 1] = {0};
     for (int64_t p = 0; p < parts.count; p++) blocks[p + 1] = blocks[p] + (parts.widths[p] + WIDTH - 1) / WIDTH;
-#pragma omp parallel
-    {
-#pragma omp for schedule(static)
-        for (int64_t u = 0; u < num_units; u++) {
-            const Bottleneck& unit = todo[u];
-            bottleneck(m, unit.group, site_of(m, unit.member, index), parts, m.weights[unit.member], x, inputs,
-                       unit.from, unit.to, h + h_starts[unit.group] + unit.column, h_strides[unit.group]);
-        }
-#pragma omp for schedule(static)
-        for (int64_t u = 0; u < blocks[parts.count]; u++) {
-            int64_t part = 0, offset = 0;
-            while (u >= blocks[part + 1]) offset += parts.widths[part++];
-            expand_block<E>(m, index, parts, part, offset, u - blocks[part], h, h_starts, h_strides, y, outputs);
-        }
+    for (int64_t u = worker.begin(blocks[parts.count]); u < worker.end(blocks[parts.count]); u++) {
+        int64_t part = 0, offset = 0;
+        while (u >= blocks[part + 1]) offset += parts.widths[part++];
+        expand_block<E>(m, index, parts, part, offset, u - blocks[part], h, all.starts.data(), all.strides.data(), y,
+                        outputs);
     }
+    worker.wait();
 }

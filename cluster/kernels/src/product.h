@@ -3,9 +3,6 @@
 // Each output is one running sum over the inputs in their order (of int4: over the groups, each such a sum): a row's
 // result does not depend, in any bit, on how many other rows are beside it.
 #pragma once
-#include <vector>
-
-#include "threads.h"
 #include "weights.h"
 
 #if defined(__AVX512F__)
@@ -128,61 +125,61 @@ void pack_rows(const E* x, int64_t inputs, int rows, int tile, typename Row<E>::
         }
 }
 
+// Memory for the rows of a product in the order of its inner loop: of so many rows and inputs at most.
+inline int64_t panel_bytes(int64_t rows, int64_t inputs) { return (rows + 2 * MAX_SUMS) * quads_of(inputs) * 4 * 4; }
+
 template <class E, Format FORMAT>
-void product_of(const E* x, int64_t rows, const Matrix& matrix, const Output& out) {
+void product_of(const Worker& worker, const E* x, int64_t rows, const Matrix& matrix, const Output& out, void* memory) {
     typedef typename Row<E>::Pair Pair;
     const int64_t pairs = 2 * quads_of(matrix.inputs), blocks = blocks_of(matrix.outputs);
     // Twice as many sums of int4: those of a group, and of all.
-    constexpr int ONE_PASS = FORMAT == INT4 ? MAX_SUMS / 2 : MAX_SUMS, MOST = WIDE_TILE < ONE_PASS ? WIDE_TILE : ONE_PASS;
+    constexpr int ONE_PASS = FORMAT == INT4 ? MAX_SUMS / 2 : MAX_SUMS;
+    constexpr int MOST = WIDE_TILE < ONE_PASS ? WIDE_TILE : ONE_PASS;
     const int64_t tiles = rows <= ONE_PASS ? 1 : (rows + MOST - 1) / MOST;
     const int tile = tile_for((rows + tiles - 1) / tiles);
-    static thread_local std::vector<Pair> scratch;
     const bool packed_already = rows == 1 && matrix.inputs % 4 == 0;
-    if (!packed_already && scratch.size() < size_t(tiles * tile * pairs)) scratch.resize(tiles * tile * pairs);
-    Pair* panel = scratch.data();
-#pragma omp parallel
-    {
-        const int64_t threads = num_threads(), me = thread_index();
-        if (!packed_already) {
-            const int64_t chunks = (pairs + 63) / 64;
-#pragma omp for schedule(static)
-            for (int64_t unit = 0; unit < tiles * chunks; unit++) {
-                const int64_t t = unit / chunks, from = unit % chunks * 64;
-                const int64_t left = rows - t * tile, to = from + 64 < pairs ? from + 64 : pairs;
-                pack_rows(x + t * tile * matrix.inputs, matrix.inputs, int(left < tile ? left : tile), tile,
-                          panel + t * tile * pairs, from, to);
-            }
+    Pair* panel = (Pair*)memory;
+    if (!packed_already) {
+        const int64_t chunks = (pairs + 63) / 64, units = tiles * chunks;
+        for (int64_t unit = worker.begin(units); unit < worker.end(units); unit++) {
+            const int64_t t = unit / chunks, from = unit % chunks * 64;
+            const int64_t left = rows - t * tile, to = from + 64 < pairs ? from + 64 : pairs;
+            pack_rows(x + t * tile * matrix.inputs, matrix.inputs, int(left < 0 ? 0 : left < tile ? left : tile), tile,
+                      panel + t * tile * pairs, from, to);
         }
-        const int64_t first = blocks * me / threads, last = blocks * (me + 1) / threads;
-        // Few rows: one pass over the weights. Many: some blocks at a time stay in the cache for all tiles.
-        const int64_t fitting = CACHED_BYTES / (pairs / 2 * Weights<E, FORMAT>::QUAD_BYTES);
-        const int64_t at_once = tiles == 1 ? blocks : fitting < 2 ? 2 : fitting;
-        for (int64_t block = first; block < last; block += at_once) {
-            const int64_t end = block + at_once < last ? block + at_once : last;
-            for (int64_t t = 0; t < tiles; t++) {
-                const Pair* in = packed_already ? (const Pair*)x : panel + t * tile * pairs;
-                const Output part{out.y + t * tile * matrix.outputs, out.add};
-                const int left = int(rows - t * tile < tile ? rows - t * tile : tile);
-                switch (tile) {
-#define CASE(ROWS)                                                                      \
-    case ROWS:                                                                          \
-        if constexpr (ROWS <= ONE_PASS)                                                 \
-            product_rows<E, FORMAT, ROWS>(in, matrix, block, end, left, part);          \
+        worker.wait();
+    }
+    const int64_t first = worker.begin(blocks), last = worker.end(blocks);
+    // Few rows: one pass over the weights. Many: some blocks at a time stay in the cache for all tiles.
+    const int64_t fitting = CACHED_BYTES / (pairs / 2 * Weights<E, FORMAT>::QUAD_BYTES);
+    const int64_t at_once = tiles == 1 ? blocks : fitting < 2 ? 2 : fitting;
+    for (int64_t block = first; block < last; block += at_once) {
+        const int64_t end = block + at_once < last ? block + at_once : last;
+        for (int64_t t = 0; t < tiles; t++) {
+            const Pair* in = packed_already ? (const Pair*)x : panel + t * tile * pairs;
+            const Output part{out.y + t * tile * matrix.outputs, out.add};
+            const int left = int(rows - t * tile < tile ? rows - t * tile : tile);
+            switch (tile) {
+#define CASE(ROWS)                                                             \
+    case ROWS:                                                                 \
+        if constexpr (ROWS <= ONE_PASS)                                        \
+            product_rows<E, FORMAT, ROWS>(in, matrix, block, end, left, part); \
         break;
-                    EACH_TILE(CASE)
+                EACH_TILE(CASE)
 #undef CASE
-                }
             }
         }
     }
+    worker.wait();
 }
 
+// y [rows][outputs] from x [rows][inputs]; `panel` holds panel_bytes. All threads of a team call it.
 template <class E>
-void product(const E* x, int64_t rows, const Matrix& matrix, float* y, bool add) {
+void product(const Worker& worker, const E* x, int64_t rows, const Matrix& matrix, float* y, bool add, void* panel) {
     const Output out{y, add};
     switch (matrix.format) {
-        case INT8: return product_of<E, INT8>(x, rows, matrix, out);
-        case INT4: return product_of<E, INT4>(x, rows, matrix, out);
-        default: return product_of<E, PLAIN>(x, rows, matrix, out);
+        case INT8: return product_of<E, INT8>(worker, x, rows, matrix, out, panel);
+        case INT4: return product_of<E, INT4>(worker, x, rows, matrix, out, panel);
+        default: return product_of<E, PLAIN>(worker, x, rows, matrix, out, panel);
     }
 }

@@ -4,6 +4,7 @@
 // reads its share as one stream. The 32 numbers of a pair lie output by output where one instruction multiplies pairs,
 // else sixteen even inputs before sixteen odd ones. int4 has two numbers in a byte, the first pair's low.
 #pragma once
+#include "team.h"
 #include "vector.h"
 
 #if defined(__AVX512BF16__)
@@ -143,10 +144,9 @@ constexpr int place_in_pair(int lane, int which) {
 
 // Calls `put(output, input, quad, pair of the quad, place in the pair)` for every number of a packed matrix.
 template <class E, class Put>
-void each_number(int64_t outputs, int64_t inputs, Put put) {
+void each_number(const Worker& worker, int64_t outputs, int64_t inputs, Put put) {
     const int64_t quads = quads_of(inputs), blocks = blocks_of(outputs);
-#pragma omp parallel for schedule(static)
-    for (int64_t block = 0; block < blocks; block++)
+    for (int64_t block = worker.begin(blocks); block < worker.end(blocks); block++)
         for (int lane = 0; lane < LANES; lane++)
             for (int64_t quad = 0; quad < quads; quad++)
                 for (int i = 0; i < 4; i++)
@@ -154,21 +154,21 @@ void each_number(int64_t outputs, int64_t inputs, Put put) {
 }
 
 template <class E>
-void pack_plain(const E* weights, int64_t outputs, int64_t inputs, E* packed) {
-    each_number<E>(outputs, inputs, [=](int64_t o, int64_t i, int64_t quad, int pair, int place) {
+void pack_plain(const Worker& worker, const E* weights, int64_t outputs, int64_t inputs, E* packed) {
+    each_number<E>(worker, outputs, inputs, [=](int64_t o, int64_t i, int64_t quad, int pair, int place) {
         packed[quad * 64 + pair * 32 + place] = o < outputs && i < inputs ? weights[o * inputs + i] : E{};
     });
 }
 template <class E>
-void pack_int8(const int8_t* weights, int64_t outputs, int64_t inputs, int8_t* packed) {
-    each_number<E>(outputs, inputs, [=](int64_t o, int64_t i, int64_t quad, int pair, int place) {
+void pack_int8(const Worker& worker, const int8_t* weights, int64_t outputs, int64_t inputs, int8_t* packed) {
+    each_number<E>(worker, outputs, inputs, [=](int64_t o, int64_t i, int64_t quad, int pair, int place) {
         packed[quad * 64 + pair * 32 + place] = o < outputs && i < inputs ? weights[o * inputs + i] : int8_t(0);
     });
 }
 // From two in a byte along the inputs, the even one low; each plus 8.
 template <class E>
-void pack_int4(const uint8_t* weights, int64_t outputs, int64_t inputs, uint8_t* packed) {
-    each_number<E>(outputs, inputs, [=](int64_t o, int64_t i, int64_t quad, int pair, int place) {
+void pack_int4(const Worker& worker, const uint8_t* weights, int64_t outputs, int64_t inputs, uint8_t* packed) {
+    each_number<E>(worker, outputs, inputs, [=](int64_t o, int64_t i, int64_t quad, int pair, int place) {
         const bool there = o < outputs && i < inputs;
         const uint8_t value = there ? (weights[(o * inputs + i) / 2] >> (4 * (i % 2))) & 15 : 8;
         uint8_t& byte = packed[quad * 32 + place];
