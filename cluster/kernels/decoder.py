@@ -68,6 +68,7 @@ class NativeDecoder:
         self._kept_weights: list[Tensor] = []
         """Norms: all else that the structs below point to."""
         self._packed: list[PackedMatrix] = []
+        self._memory = native.LargePages(library)
         self._modules: list[Any] = []
         """Those whose weights are packed."""
         self._source = model
@@ -181,7 +182,9 @@ class NativeDecoder:
             widths = [_num_outputs(module) for module in modules]
             filled = [torch.zeros(w) if bias is None else bias.float() for bias, w in zip(biases, widths, strict=True)]
             bias_O = torch.cat(filled)
-        packed = PackedMatrix(self.library, joined([_raw(module) for module in modules]), bias_O, self._dtype)
+        packed = PackedMatrix(
+            self.library, joined([_raw(module) for module in modules]), bias_O, self._dtype, self._memory
+        )
         self._packed.append(packed)
         self._modules += modules
         return packed

@@ -28,6 +28,7 @@ _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
 _BUILD_TIMEOUT_S = 300
 _PAGE_BYTES = 2 * 2**20
+_LINE_BYTES = 64
 
 
 class Matrix(ctypes.Structure):
@@ -163,13 +164,31 @@ def native_library() -> ctypes.CDLL | None:
     return library
 
 
-def large_pages(num_bytes: int, library: ctypes.CDLL) -> Tensor:
-    """Uninitialised memory, uint8 [num_bytes], in large pages where there are any, and aligned to them."""
-    memory = torch.empty(num_bytes + _PAGE_BYTES, dtype=torch.uint8)
-    start = -memory.data_ptr() % _PAGE_BYTES
-    aligned = memory[start : start + num_bytes]
-    library.zephyra_prefer_large_pages(aligned.data_ptr(), num_bytes)
-    return aligned
+class LargePages:
+    """Memory in large pages, where there are any, for what is read from end to end and freed together."""
+
+    def __init__(self, library: ctypes.CDLL, chunk_bytes: int = 64 * 2**20) -> None:
+        """Takes `chunk_bytes` from the system at a time; what nobody writes to costs nothing."""
+        self.num_bytes = 0
+        """Handed out."""
+        self._library = library
+        self._chunk_bytes = chunk_bytes
+        self._chunks: list[Tensor] = []
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Uninitialised memory, uint8 [num_bytes], beginning with a cache line."""
+        padded_bytes = -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
+        if padded_bytes > len(self._left):
+            size = max(self._chunk_bytes, padded_bytes)
+            chunk = torch.empty(size + _PAGE_BYTES, dtype=torch.uint8)
+            start = -chunk.data_ptr() % _PAGE_BYTES
+            self._left = chunk[start : start + size]
+            self._chunks.append(chunk)
+            self._library.zephyra_prefer_large_pages(self._left.data_ptr(), size)
+        taken, self._left = self._left[:num_bytes], self._left[padded_bytes:]
+        self.num_bytes += num_bytes
+        return taken
 
 
 def _built(compiler: str) -> Path:

@@ -49,8 +49,15 @@ def joined(matrices: list[RawMatrix]) -> RawMatrix:
 class PackedMatrix:
     """A packed weight, its scales and bias, and the struct that names them."""
 
-    def __init__(self, library: ctypes.CDLL, raw: RawMatrix, bias_O: Tensor | None, activations: torch.dtype) -> None:
-        """For inputs of the dtype `activations`: fp32 or bf16, which plain weights have too."""
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        raw: RawMatrix,
+        bias_O: Tensor | None,
+        activations: torch.dtype,
+        memory: native.LargePages,
+    ) -> None:
+        """Into `memory`; for inputs of the dtype `activations`: fp32 or bf16, which plain weights have too."""
         self._library = library
         self._activations = activations
         self._is_bf16 = int(activations == torch.bfloat16)
@@ -58,7 +65,7 @@ class PackedMatrix:
         num_blocks, num_quads = -(-outputs // _OUTPUTS_OF_BLOCK), -(-inputs // 4)
         per_quad = 32 if raw.format == INT4 else 64
         num_bytes = num_blocks * num_quads * per_quad * raw.values_OI.element_size()
-        self._weights = native.large_pages(num_bytes, library)
+        self._weights = memory.take(num_bytes)
         values_OI = raw.values_OI.contiguous()
         library.zephyra_pack(
             values_OI.data_ptr(),

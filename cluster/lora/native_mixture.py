@@ -42,7 +42,7 @@ class NativeAdapter:
         tensors = [_factors(weights, site) for site in sites]
         sizes = [tensor.numel() * dtype.itemsize for of_site in tensors for tensor in of_site]
         starts = np.cumsum([0, *(-(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for size in sizes)])
-        self._memory = native.large_pages(int(starts[-1]), library)
+        self._memory = native.LargePages(library, chunk_bytes=int(starts[-1])).take(int(starts[-1]))
         places = iter(starts.tolist())
         for row, site, of_site in zip(self._sites, sites, tensors, strict=True):
             addresses = iter([self._copied(tensor, next(places)) for tensor in of_site])

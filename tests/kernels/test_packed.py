@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.kernels.library import native_library
+from cluster.kernels.library import LargePages, native_library
 from cluster.kernels.packed import PackedMatrix, RawMatrix, joined
 from cluster.model.quantization import pack_int4, quantize_int4, quantize_int8
 
@@ -27,7 +27,7 @@ def raw_and_exact(format_name: str, weight_OI: torch.Tensor, dtype: torch.dtype)
 def packed(raw: RawMatrix, bias: torch.Tensor | None, dtype: torch.dtype) -> PackedMatrix:
     library = native_library()
     assert library is not None, "the machine that tests has a C++ compiler"
-    return PackedMatrix(library, raw, bias, dtype)
+    return PackedMatrix(library, raw, bias, dtype, LargePages(library))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,3 +76,15 @@ def test_infinity_and_nan_reach_their_own_row_only():
     y_NO = matrix.product(x_NI)
     assert not torch.isfinite(y_NO[[1, 3]]).any()
     assert torch.equal(y_NO[[0, 2, 4]], clean_NO[[0, 2, 4]])
+
+
+def test_memory_is_handed_out_in_lines_that_do_not_meet():
+    library = native_library()
+    assert library is not None
+    memory = LargePages(library, chunk_bytes=1000)
+    pieces = [memory.take(size) for size in (1, 64, 500, 65, 5000, 3)]
+    for number, piece in enumerate(pieces):
+        assert piece.data_ptr() % 64 == 0
+        piece.fill_(number)
+    assert [piece.unique().tolist() for piece in pieces] == [[number] for number in range(6)]
+    assert memory.num_bytes == sum(len(piece) for piece in pieces)

@@ -43,6 +43,9 @@ inline int64_t rank_of(const Site& site, const Parts& parts) {
     return rank;
 }
 
+// How many rows to take together.
+inline int64_t tile_of(int64_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
 // Dot products of ROWS rows with COLUMNS rows of A. Each has a sum of its own, whatever is computed beside it.
 template <int ROWS, int COLUMNS, class E>
 void dots(const E* const* x, const E* a, int64_t inputs, float* out, int64_t out_stride) {
@@ -86,17 +89,17 @@ template <class E>
 void bottleneck(const Mixtures& m, int64_t group, const Site& site, const Parts& parts, float weight, const E* x,
                 int64_t inputs, int64_t from, int64_t to, float* h, int64_t h_stride) {
     const int64_t first = m.row_starts[group], rows = m.row_starts[group + 1] - first;
-    for (int64_t r = 0; r < rows; r += 4) {
+    for (int64_t r = 0, count; r < rows; r += count) {
+        count = tile_of(rows - r);
         const E* inputs_of[4];
-        const int64_t count = rows - r < 4 ? rows - r : 4;
         for (int64_t i = 0; i < count; i++) inputs_of[i] = x + m.rows[first + r + i] * inputs;
         float* out = h + r * h_stride + from;
         const E* a = (const E*)site.a + from * inputs;
-        if (count == 4)
-            dots_of_rows<4>(inputs_of, a, to - from, inputs, out, h_stride);
-        else
-            for (int64_t i = 0; i < count; i++)
-                dots_of_rows<1>(inputs_of + i, a, to - from, inputs, out + i * h_stride, h_stride);
+        switch (count) {
+            case 4: dots_of_rows<4>(inputs_of, a, to - from, inputs, out, h_stride); break;
+            case 2: dots_of_rows<2>(inputs_of, a, to - from, inputs, out, h_stride); break;
+            default: dots_of_rows<1>(inputs_of, a, to - from, inputs, out, h_stride);
+        }
         int64_t column = 0;
         for (int64_t p = 0; p < parts.count; column += site.ranks[p++])
             for (int64_t c = column; c < column + site.ranks[p]; c++)
@@ -150,16 +153,16 @@ void expand_block(const Mixtures& m, int64_t index, const Parts& parts, int64_t 
         if (!h_strides[g]) continue;
         if (g + 1 < m.num_groups) prefetch_block<E>(site_of(m, m.member_starts[g + 1], index), part, block);
         const int64_t first = m.row_starts[g], rows = m.row_starts[g + 1] - first, stride = h_strides[g];
-        for (int64_t r = 0; r < rows; r += 4) {
-            const int64_t tile = rows - r < 4 ? rows - r : 4;
+        for (int64_t r = 0, tile; r < rows; r += tile) {
+            tile = tile_of(rows - r);
             float* to[4];
             for (int64_t i = 0; i < tile; i++) to[i] = y + m.rows[first + r + i] * outputs + offset + block * WIDTH;
             const float* from = h + h_starts[g] + r * stride;
-            if (tile == 4)
-                expand<4, E>(m, g, index, parts, part, block, from, stride, to, count);
-            else
-                for (int64_t i = 0; i < tile; i++)
-                    expand<1, E>(m, g, index, parts, part, block, from + i * stride, stride, to + i, count);
+            switch (tile) {
+                case 4: expand<4, E>(m, g, index, parts, part, block, from, stride, to, count); break;
+                case 2: expand<2, E>(m, g, index, parts, part, block, from, stride, to, count); break;
+                default: expand<1, E>(m, g, index, parts, part, block, from, stride, to, count);
+            }
         }
     }
 }

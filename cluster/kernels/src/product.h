@@ -18,7 +18,7 @@ constexpr int TILES[] = {1, 2, 3, 4, 6};
 #endif
 
 // Of the weights, kept in a core's second cache while many rows pass by.
-constexpr int64_t CACHED_BYTES = 256 * 1024;
+constexpr int64_t CACHED_BYTES = 512 * 1024;
 
 // How far ahead of the sums weights are asked for: memory answers after some hundred cycles.
 constexpr int64_t AHEAD_BYTES = 4096;
