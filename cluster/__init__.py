@@ -7,7 +7,8 @@ A prompt becomes tokens in five steps:
 3. The catalog (cluster/lora/catalog.py) says which version of each domain is current: the `Mixture` is fixed.
 4. The engine (cluster/engine/engine.py) queues the sequence. If an adapter is not resident, the replica has the
    coordinator (deployments/coordinator.py) ask the shards (deployments/adapter_shard.py) for it, while others decode.
-5. One continuous batch over sequences with different mixtures (cluster/lora/linear.py) gives the next tokens.
+5. One continuous batch over sequences with different mixtures gives the next tokens: on a CPU in native kernels
+   (cluster/kernels/), else in torch (cluster/lora/linear.py).
 """
 
 DISTRIBUTION = "zephyra"

@@ -190,6 +190,10 @@ class AppSettings(_Settings):
     """Folder of another causal language model in Hugging Face's format; by default the root's own."""
     quantization: Quantization | None = None
     """Serve the base's int8 or int4 form, which `zephyra quantize` wrote; by default its floats."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Numbers that the base computes with; by default those it was saved in."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where base replicas run; each takes a GPU of its own."""
     shards: int = Field(default=2, ge=1, le=1024)
     """Adapter shards."""
     replicas: int = Field(default=1, ge=1, le=1024)

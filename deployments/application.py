@@ -39,9 +39,8 @@ def bind(settings: AppSettings) -> Application:
         for index in range(settings.shards)
     ]
     coordinator = _deployment(Coordinator, "Coordinator", num_cpus=0.1).bind(shards)
-    replica = _deployment(BaseReplica, "BaseReplica", num_cpus=0.5, num_replicas=settings.replicas).bind(
-        coordinator, settings
-    )
+    num_gpus = int(settings.device == "cuda")
+    replica = _deployment(BaseReplica, "BaseReplica", 0.5, settings.replicas, num_gpus).bind(coordinator, settings)
     return _deployment(serve.ingress()(Ingress), "Gateway", num_cpus=0.1).bind(router, replica, root)
 
 
@@ -57,14 +56,14 @@ def _shard_cpus(num_shards: int) -> float:
     return max(round(_SHARDS_CPUS / max(num_shards, 4), 4), 0.0001)
 
 
-def _deployment(cls: type, name: str, num_cpus: float, num_replicas: int = 1) -> Deployment:
+def _deployment(cls: type, name: str, num_cpus: float, num_replicas: int = 1, num_gpus: int = 0) -> Deployment:
     """`cls` as a deployment. The engine and the queues in front of it limit what runs, so Serve admits plenty;
     a dead replica is noticed within a second instead of Serve's ten.
     """
     decorate = serve.deployment(
         name=name,
         num_replicas=num_replicas,
-        ray_actor_options={"num_cpus": num_cpus},
+        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
         max_ongoing_requests=1024,
         health_check_period_s=1,
         health_check_timeout_s=30,

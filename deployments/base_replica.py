@@ -13,7 +13,7 @@ from cluster.errors import AdapterUnavailable, ZephyraError
 from cluster.lora.peft_format import unpack
 from cluster.lora.weights import AdapterWeights
 from cluster.messages import AdapterRef, GenerateRequest, TokenChunk
-from cluster.model.base import load_base
+from cluster.model.base import load_base, saved_dtype
 from deployments import calls
 from deployments.adapter_shard import Fetched
 from deployments.base_folder import base_folder
@@ -30,7 +30,9 @@ class BaseReplica:
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
         # Adapters may exceed what a message may hold.
         self._coordinator = calls.method(coordinator, "fetch", stream=True, by_reference=True)
-        base = load_base(base_folder(settings))
+        folder = base_folder(settings)
+        dtype = saved_dtype(folder) if settings.dtype is None else getattr(torch, settings.dtype)
+        base = load_base(folder, dtype, settings.device)
         self._dtype, self._device = base.model.dtype, base.model.device
         self.engine = EngineLoop(Engine(base, settings.engine), self._fetch)
 

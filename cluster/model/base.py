@@ -62,6 +62,13 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32, device: str = "c
     return Base(model, tokenizer, name, folder.name)
 
 
+def saved_dtype(folder: Path) -> torch.dtype:
+    """The numbers that the base in `folder` was saved in: float32 or bfloat16, which also stands for float16."""
+    config = json.loads((folder / "config.json").read_text())
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
 def quantize_base(source: Path, folder: Path, quantization: Quantization) -> None:
     """Write the quantized form of the float base in `source` into `folder`, an empty one. Holds the floats meanwhile.
 

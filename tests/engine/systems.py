@@ -209,9 +209,11 @@ class System:
         runner: str = "native",
         num_blocks: int | None = None,
         dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
         **settings: int,
     ) -> None:
         self.base = make_base(kind, dtype)
+        torch.nn.Module.to(self.base.model, device)
         parsed = EngineSettings(**{"max_batch_size": 4, **settings})
         self.runner = RecordingRunner(make_runner(runner, self.base, parsed, num_blocks))
         self.engine = Engine(self.base, parsed, self.runner)
