@@ -130,7 +130,8 @@ def opened(model: TimedModel, base_folder: Path, size: Size, new_tokens: int) ->
         max_waiting=MAX_WAITING,
         max_context_tokens=_CONTEXT_TOKENS,
         kv_cache_bytes=size.num_contexts * _CONTEXT_TOKENS * _kv_bytes_per_token(base.model.config),
-        adapter_bytes=size.num_slots * model.adapter_bytes(),
+        # Half a slot more: in an engine's own layout an adapter takes a little more than its tensors.
+        adapter_bytes=int((size.num_slots + 0.5) * model.adapter_bytes()),
         reuse_prefixes=False,
     )
     system = System(base, model.library(size.num_domains or size.num_slots), settings, new_tokens)

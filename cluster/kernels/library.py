@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
 _COMPILERS = ("g++", "clang++", "c++")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
 _BUILD_TIMEOUT_S = 300
 _PAGE_BYTES = 2 * 2**20
 _LINE_BYTES = 64
@@ -117,11 +117,10 @@ class Mixtures(ctypes.Structure):
     """Which rows of a step meet which adapters, with which weights."""
 
     _fields_ = (
-        ("num_groups", c_int64),
+        ("num_adapters", c_int64),
+        ("adapters", c_void_p),
         ("row_starts", c_void_p),
         ("rows", c_void_p),
-        ("member_starts", c_void_p),
-        ("members", c_void_p),
         ("weights", c_void_p),
     )
 
@@ -140,8 +139,11 @@ class Step(ctypes.Structure):
 
 
 @cache
-def native_library() -> ctypes.CDLL | None:
-    """The kernels, built if need be; None where there is no compiler, or none that can: then torch does the work."""
+def native_library(architecture: str = "native") -> ctypes.CDLL | None:
+    """The kernels, built if need be; None where there is no compiler, or none that can: then torch does the work.
+
+    `architecture` is the compiler's name of the instructions to build for; "native", for all that this machine has.
+    """
     compiler = next((found for name in _COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         logger.warning(
@@ -149,7 +151,7 @@ def native_library() -> ctypes.CDLL | None:
         )
         return None
     try:
-        library = ctypes.CDLL(str(_built(compiler)))
+        library = ctypes.CDLL(str(_built(compiler, architecture)))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
         logger.warning("The native kernels could not be built; the engine runs in torch, slower. %s", output or error)
@@ -161,6 +163,8 @@ def native_library() -> ctypes.CDLL | None:
     library.zephyra_prefer_large_pages.argtypes = (c_void_p, c_size_t)
     for name in ("run", "pack", "rows", "product", "prefer_large_pages"):
         getattr(library, f"zephyra_{name}").restype = None
+    library.zephyra_is_paired.argtypes = (c_int,)
+    library.zephyra_is_paired.restype = c_int
     return library
 
 
@@ -191,8 +195,9 @@ class LargePages:
         return taken
 
 
-def _built(compiler: str) -> Path:
-    digest = hashlib.sha256(repr((_version(compiler), _FLAGS, _processor(), torch.__version__)).encode())
+def _built(compiler: str, architecture: str) -> Path:
+    flags = (*_FLAGS, f"-march={architecture}")
+    digest = hashlib.sha256(repr((_version(compiler), flags, _processor(), torch.__version__)).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     folder = cache_folder() / "kernels"
@@ -204,7 +209,7 @@ def _built(compiler: str) -> Path:
     # Two processes may build at once: each renames its own into place, and they are the same.
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         compiled, linked = Path(draft) / "step.o", Path(draft) / library.name
-        _run(compiler, *_FLAGS, "-fopenmp", "-c", str(SOURCES / "step.cpp"), "-o", str(compiled))
+        _run(compiler, *flags, "-fopenmp", "-c", str(SOURCES / "step.cpp"), "-o", str(compiled))
         # Linked without OpenMP's library: the one that torch has loaded serves both, with one pool of threads.
         _run(compiler, "-shared", str(compiled), "-o", str(linked))
         os.replace(linked, library)

@@ -22,7 +22,7 @@ class RawMatrix:
     values_OI: Tensor
     """fp32 or bf16; int8; or uint8 [O, I / 2], two int4 plus 8 in a byte, the even input low."""
     scales: Tensor | None = None
-    """None; of int8 [O]; of int4 [O, G]."""
+    """None; of int8 [O]; of int4 [O, G], each a bf16 number."""
 
     @property
     def format(self) -> int:
@@ -124,12 +124,11 @@ class PackedMatrix:
 
 
 def _packed_scales(raw: RawMatrix) -> Tensor | None:
-    """fp32, as the kernels read them: [O], or [B, G, 16] for int4."""
+    """As the kernels read them: of int8 fp32 [O], of int4 bf16 [B, G, 16]."""
     if raw.scales is None:
         return None
-    scales = raw.scales.float()
-    if raw.format == INT4:
-        missing = -len(scales) % _OUTPUTS_OF_BLOCK
-        scales = torch.nn.functional.pad(scales, (0, 0, 0, missing)).view(-1, _OUTPUTS_OF_BLOCK, scales.shape[1])
-        scales = scales.transpose(1, 2)
-    return scales.contiguous().clone()
+    if raw.format == INT8:
+        return raw.scales.to(torch.float32, copy=True)
+    missing = -len(raw.scales) % _OUTPUTS_OF_BLOCK
+    padded = torch.nn.functional.pad(raw.scales.bfloat16(), (0, 0, 0, missing))
+    return padded.view(-1, _OUTPUTS_OF_BLOCK, padded.shape[1]).transpose(1, 2).contiguous()

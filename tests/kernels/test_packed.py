@@ -1,11 +1,13 @@
 """Packed matrices against plain products: every format, any number of rows, any shape; and row by row the same bits."""
 
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.kernels.library import LargePages, native_library
+from cluster.kernels.library import LargePages
 from cluster.kernels.packed import PackedMatrix, RawMatrix, joined
 from cluster.model.quantization import pack_int4, quantize_int4, quantize_int8
 
@@ -24,9 +26,9 @@ def raw_and_exact(format_name: str, weight_OI: torch.Tensor, dtype: torch.dtype)
     return RawMatrix(pack_int4(values), scales), values.double() * scales.double().repeat_interleave(32, dim=1)
 
 
-def packed(raw: RawMatrix, bias: torch.Tensor | None, dtype: torch.dtype) -> PackedMatrix:
-    library = native_library()
-    assert library is not None, "the machine that tests has a C++ compiler"
+def packed(
+    library: ctypes.CDLL, raw: RawMatrix, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> PackedMatrix:
     return PackedMatrix(library, raw, bias, dtype, LargePages(library))
 
 
@@ -41,12 +43,14 @@ def packed(raw: RawMatrix, bias: torch.Tensor | None, dtype: torch.dtype) -> Pac
     has_bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_products_and_rows_are_those_of_the_matrix(format_name, dtype, outputs, groups, odd, rows, has_bias, seed):
+def test_products_and_rows_are_those_of_the_matrix(
+    library, format_name, dtype, outputs, groups, odd, rows, has_bias, seed
+):
     generator = torch.Generator().manual_seed(seed)
     inputs = 32 * groups - (0 if format_name == "int4" else odd)
     raw, exact_OI = raw_and_exact(format_name, torch.randn(outputs, inputs, generator=generator), dtype)
     bias = torch.randn(outputs, generator=generator) if has_bias else None
-    matrix = packed(raw, bias, dtype)
+    matrix = packed(library, raw, bias, dtype)
     x_NI = torch.randn(rows, inputs, generator=generator).to(dtype)
     y_NO = matrix.product(x_NI)
     expected_NO = x_NI.double() @ exact_OI.T + (bias.double() if bias is not None else 0)
@@ -59,17 +63,17 @@ def test_products_and_rows_are_those_of_the_matrix(format_name, dtype, outputs, 
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_joined_matrices_are_one_below_the_other(format_name):
+def test_joined_matrices_are_one_below_the_other(library, format_name):
     parts = [raw_and_exact(format_name, torch.randn(outputs, 64), torch.float32) for outputs in (5, 32, 17)]
-    matrix = packed(joined([raw for raw, _ in parts]), None, torch.float32)
+    matrix = packed(library, joined([raw for raw, _ in parts]))
     x_NI = torch.randn(3, 64)
     expected_NO = torch.cat([x_NI.double() @ exact_OI.T for _, exact_OI in parts], dim=1)
     torch.testing.assert_close(matrix.product(x_NI).double(), expected_NO, rtol=1e-5, atol=1e-5)
 
 
-def test_infinity_and_nan_reach_their_own_row_only():
+def test_infinity_and_nan_reach_their_own_row_only(library):
     weight_OI = torch.randn(40, 33)
-    matrix = packed(RawMatrix(weight_OI), None, torch.float32)
+    matrix = packed(library, RawMatrix(weight_OI))
     x_NI = torch.randn(5, 33)
     clean_NO = matrix.product(x_NI)
     x_NI[1, 3], x_NI[3, 7] = torch.inf, torch.nan
@@ -78,9 +82,7 @@ def test_infinity_and_nan_reach_their_own_row_only():
     assert torch.equal(y_NO[[0, 2, 4]], clean_NO[[0, 2, 4]])
 
 
-def test_memory_is_handed_out_in_lines_that_do_not_meet():
-    library = native_library()
-    assert library is not None
+def test_memory_is_handed_out_in_lines_that_do_not_meet(library):
     memory = LargePages(library, chunk_bytes=1000)
     pieces = [memory.take(size) for size in (1, 64, 500, 65, 5000, 3)]
     for number, piece in enumerate(pieces):

@@ -92,7 +92,7 @@ void store_heads(const Worker& worker, float* qkv, const Heads& heads, const Hea
     worker.wait();
 }
 
-constexpr int MAX_GROUP = 4;  // query heads at once that share a key head
+constexpr int MAX_GROUP = 8;  // query heads at once that share a key head
 
 // HEADS queries of one token over its context, running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867).
 template <int HEADS, class E>
@@ -162,7 +162,11 @@ void attend(const Worker& worker, const float* qkv, const Heads& heads, const Ca
                 case 1: attend_heads<1, E>(q, heads, cache, tokens, t, key, sums.data(), to); break;
                 case 2: attend_heads<2, E>(q, heads, cache, tokens, t, key, sums.data(), to); break;
                 case 3: attend_heads<3, E>(q, heads, cache, tokens, t, key, sums.data(), to); break;
-                default: attend_heads<4, E>(q, heads, cache, tokens, t, key, sums.data(), to);
+                case 4: attend_heads<4, E>(q, heads, cache, tokens, t, key, sums.data(), to); break;
+                case 5: attend_heads<5, E>(q, heads, cache, tokens, t, key, sums.data(), to); break;
+                case 6: attend_heads<6, E>(q, heads, cache, tokens, t, key, sums.data(), to); break;
+                case 7: attend_heads<7, E>(q, heads, cache, tokens, t, key, sums.data(), to); break;
+                default: attend_heads<8, E>(q, heads, cache, tokens, t, key, sums.data(), to);
             }
         }
     }

@@ -25,7 +25,7 @@ constexpr int64_t AHEAD_BYTES = 4096;
 
 struct Matrix {
     const void* weights;  // packed
-    const float* scales;  // int8: [outputs]; int4: [blocks][inputs / 32][16]; else null
+    const void* scales;   // int8: float [outputs]; int4: bf16 [blocks][inputs / 32][16]; else null
     const float* bias;    // [outputs] or null
     int64_t inputs, outputs, format;
 };
@@ -41,23 +41,25 @@ constexpr int blocks_at_once(int rows, Format format) {
     return blocks < 1 ? 1 : blocks > 4 ? 4 : blocks;
 }
 
+// Adds the products of lines [from, to) of some blocks, and asks for what lies `ahead` bytes further.
 template <class E, Format FORMAT, int ROWS, int BLOCKS>
-inline void sum_quads(V (&sums)[BLOCKS][ROWS], const typename Row<E>::Pair* x, const uint8_t* weights, int64_t stride,
-                      int64_t from, int64_t to) {
+inline void sum_lines(V (&sums)[BLOCKS][ROWS], const typename Row<E>::Pair* x, const uint8_t* weights, int64_t stride,
+                      int64_t from, int64_t to, int64_t ahead) {
     typedef Weights<E, FORMAT> W;
-    for (int64_t quad = from; quad < to; quad++) {
-#pragma GCC unroll 2
-        for (int which = 0; which < 2; which++) {
+    for (int64_t line = from; line < to; line++) {
+        const uint8_t* at = weights + line * W::LINE_BYTES;
+#pragma GCC unroll 4
+        for (int b = 0; b < BLOCKS; b++)
+            for (int64_t byte = 0; byte < W::LINE_BYTES; byte += 64)
+                __builtin_prefetch(at + b * stride + ahead + byte, 0, 2);
+#pragma GCC unroll 4
+        for (int which = 0; which < W::LINE_PAIRS; which++) {
             decltype(W::load(weights, 0)) w[BLOCKS];
 #pragma GCC unroll 4
-            for (int b = 0; b < BLOCKS; b++) {
-                const uint8_t* at = weights + b * stride + quad * W::QUAD_BYTES;
-                __builtin_prefetch(at + which * W::QUAD_BYTES / 2 + AHEAD_BYTES, 0, 2);
-                w[b] = W::load(at, which);
-            }
+            for (int b = 0; b < BLOCKS; b++) w[b] = W::load(at + b * stride, which);
 #pragma GCC unroll 28
             for (int r = 0; r < ROWS; r++) {
-                const typename Row<E>::Pair pair = x[(2 * quad + which) * ROWS + r];
+                const typename Row<E>::Pair pair = x[(W::LINE_PAIRS * line + which) * ROWS + r];
 #pragma GCC unroll 4
                 for (int b = 0; b < BLOCKS; b++) sums[b][r] = multiply_pair(sums[b][r], w[b], pair);
             }
@@ -67,26 +69,36 @@ inline void sum_quads(V (&sums)[BLOCKS][ROWS], const typename Row<E>::Pair* x, c
 
 template <class E, Format FORMAT, int ROWS, int BLOCKS>
 void product_tile(const typename Row<E>::Pair* x, const Matrix& matrix, int64_t block, int rows, const Output& out) {
-    const int64_t quads = quads_of(matrix.inputs), stride = quads * Weights<E, FORMAT>::QUAD_BYTES;
+    typedef Weights<E, FORMAT> W;
+    const int64_t lines = lines_of(matrix.inputs, FORMAT), stride = lines * W::LINE_BYTES;
     const uint8_t* weights = (const uint8_t*)matrix.weights + block * stride;
+    // The last lines of a block ask for the first of the block that is read after it.
+    const int64_t last_lines = AHEAD_BYTES / W::LINE_BYTES, turn = lines < last_lines ? 0 : lines - last_lines;
+    const int64_t past_turn = AHEAD_BYTES + (BLOCKS - 1) * stride;
     V sums[BLOCKS][ROWS] = {};
     if constexpr (FORMAT == INT4) {
-        const int64_t groups = matrix.inputs / GROUP_INPUTS, quads_of_group = GROUP_INPUTS / 4;
+        const int64_t groups = matrix.inputs / GROUP_INPUTS, lines_of_group = GROUP_INPUTS / 2 / W::LINE_PAIRS;
+        const bf16* scales = (const bf16*)matrix.scales + block * groups * LANES;
         for (int64_t g = 0; g < groups; g++) {
             V part[BLOCKS][ROWS] = {};
-            sum_quads<E, FORMAT>(part, x, weights, stride, g * quads_of_group, (g + 1) * quads_of_group);
+            const int64_t line = g * lines_of_group;
+            sum_lines<E, FORMAT>(part, x, weights, stride, line, line + lines_of_group,
+                                 line < turn ? AHEAD_BYTES : past_turn);
             for (int b = 0; b < BLOCKS; b++) {
-                const V scale = load(matrix.scales + ((block + b) * groups + g) * LANES);
+                const bf16* at = scales + (b * groups + g) * LANES;
+                __builtin_prefetch(at + BLOCKS * groups * LANES, 0, 2);
+                const V scale = load(at);
                 for (int r = 0; r < ROWS; r++) sums[b][r] += part[b][r] * scale;
             }
         }
     } else {
-        sum_quads<E, FORMAT>(sums, x, weights, stride, 0, quads);
+        sum_lines<E, FORMAT>(sums, x, weights, stride, 0, turn, AHEAD_BYTES);
+        sum_lines<E, FORMAT>(sums, x, weights, stride, turn, lines, past_turn);
     }
     for (int b = 0; b < BLOCKS; b++) {
         const int64_t column = (block + b) * LANES, count = matrix.outputs - column;
         const V bias = matrix.bias ? load_some(matrix.bias + column, count) : V{};
-        const V scale = FORMAT == INT8 ? load_some(matrix.scales + column, count) : splat(1.0f);
+        const V scale = FORMAT == INT8 ? load_some((const float*)matrix.scales + column, count) : splat(1.0f);
         for (int r = 0; r < rows && r < ROWS; r++) {
             float* y = out.y + r * matrix.outputs + column;
             V value = sums[b][r] * scale + bias;
@@ -126,12 +138,12 @@ void pack_rows(const E* x, int64_t inputs, int rows, int tile, typename Row<E>::
 }
 
 // Memory for the rows of a product in the order of its inner loop: of so many rows and inputs at most.
-inline int64_t panel_bytes(int64_t rows, int64_t inputs) { return (rows + 2 * MAX_SUMS) * quads_of(inputs) * 4 * 4; }
+inline int64_t panel_bytes(int64_t rows, int64_t inputs) { return (rows + 2 * MAX_SUMS) * pairs_of(inputs) * 8; }
 
 template <class E, Format FORMAT>
 void product_of(const Worker& worker, const E* x, int64_t rows, const Matrix& matrix, const Output& out, void* memory) {
     typedef typename Row<E>::Pair Pair;
-    const int64_t pairs = 2 * quads_of(matrix.inputs), blocks = blocks_of(matrix.outputs);
+    const int64_t pairs = pairs_of(matrix.inputs), blocks = blocks_of(matrix.outputs);
     // Twice as many sums of int4: those of a group, and of all.
     constexpr int ONE_PASS = FORMAT == INT4 ? MAX_SUMS / 2 : MAX_SUMS;
     constexpr int MOST = WIDE_TILE < ONE_PASS ? WIDE_TILE : ONE_PASS;
@@ -151,7 +163,7 @@ void product_of(const Worker& worker, const E* x, int64_t rows, const Matrix& ma
     }
     const int64_t first = worker.begin(blocks), last = worker.end(blocks);
     // Few rows: one pass over the weights. Many: some blocks at a time stay in the cache for all tiles.
-    const int64_t fitting = CACHED_BYTES / (pairs / 2 * Weights<E, FORMAT>::QUAD_BYTES);
+    const int64_t fitting = CACHED_BYTES / (lines_of(matrix.inputs, FORMAT) * Weights<E, FORMAT>::LINE_BYTES);
     const int64_t at_once = tiles == 1 ? blocks : fitting < 2 ? 2 : fitting;
     for (int64_t block = first; block < last; block += at_once) {
         const int64_t end = block + at_once < last ? block + at_once : last;

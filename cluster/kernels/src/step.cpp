@@ -70,8 +70,8 @@ void activate(const Worker& worker, const float* up, int64_t activation, int64_t
 
 template <class E>
 struct Buffers {
-    std::vector<E> normed, attended, activated;
-    std::vector<float> qkv, up, bottlenecks;
+    std::vector<E> normed, attended, activated, bottlenecks;
+    std::vector<float> qkv, up;
     std::vector<V> panel;  // V: aligned to whole vectors
 
     void make_room(const Model& model, const Step& step) {
@@ -87,11 +87,8 @@ struct Buffers {
         int64_t most = 0;
         for (int64_t site = 0; site < 4 * model.num_blocks; site++) {
             int64_t size = 0;
-            for (int64_t g = 0; g < step.mixtures.num_groups; g++) {
-                const int64_t group_rows = step.mixtures.row_starts[g + 1] - step.mixtures.row_starts[g];
-                for (int64_t j = step.mixtures.member_starts[g]; j < step.mixtures.member_starts[g + 1]; j++)
-                    size += group_rows * rank_of(site_of(step.mixtures, j, site), {MAX_PARTS, {}});
-            }
+            for (int64_t i = 0; i < step.mixtures.num_adapters; i++)
+                size += step.mixtures.num_rows(i) * rank_blocks_of(step.mixtures.site(i, site)) * RANKS;
             most = size > most ? size : most;
         }
         bottlenecks.resize(most);
@@ -107,7 +104,8 @@ void run_block(const Worker& worker, const Model& model, int64_t index, const St
     const Parts hidden_parts{1, {hidden, 0, 0}};
     const Parts up_parts{model.activation == GATED_SILU ? 2 : 1, {between, between, 0}};
     E *normed = buffers.normed.data(), *attended = buffers.attended.data(), *activated = buffers.activated.data();
-    float *x = step.x, *qkv = buffers.qkv.data(), *up = buffers.up.data(), *h = buffers.bottlenecks.data();
+    E* h = buffers.bottlenecks.data();
+    float *x = step.x, *qkv = buffers.qkv.data(), *up = buffers.up.data();
     void* panel = buffers.panel.data();
 
     normalize_rows(worker, x, block.attention_norm, rows, hidden, model.norm_epsilon, normed);
@@ -149,6 +147,8 @@ extern "C" {
 void zephyra_run(const Model* model, const Step* step, int64_t num_threads, int is_bf16) {
     is_bf16 ? run<bf16>(*model, *step, num_threads) : run<float>(*model, *step, num_threads);
 }
+// Whether the two numbers of a pair lie side by side in packed matrices of this type.
+int zephyra_is_paired(int is_bf16) { return PAIRED && is_bf16; }
 // Row-major weights, in the type that `format` says, into the packed form.
 void zephyra_pack(const void* weights, int64_t outputs, int64_t inputs, int64_t format, void* packed,
                   int64_t num_threads, int is_bf16) {
@@ -156,11 +156,11 @@ void zephyra_pack(const void* weights, int64_t outputs, int64_t inputs, int64_t 
         const auto pack = [&](auto element) {
             typedef decltype(element) E;
             if (format == INT8)
-                pack_int8<E>(worker, (const int8_t*)weights, outputs, inputs, (int8_t*)packed);
+                pack_numbers<E>(worker, (const int8_t*)weights, outputs, inputs, (int8_t*)packed);
             else if (format == INT4)
-                pack_int4<E>(worker, (const uint8_t*)weights, outputs, inputs, (uint8_t*)packed);
+                pack_int4<E>(worker, (const uint8_t*)weights, outputs, inputs, (uint16_t*)packed);
             else
-                pack_plain(worker, (const E*)weights, outputs, inputs, (E*)packed);
+                pack_numbers<E>(worker, (const E*)weights, outputs, inputs, (E*)packed);
         };
         is_bf16 ? pack(bf16{}) : pack(float{});
     });

@@ -1,0 +1,16 @@
+import ctypes
+import platform
+
+import pytest
+
+from cluster.kernels.library import native_library
+
+
+@pytest.fixture(scope="session", params=["native", "x86-64-v3"])
+def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """The kernels for this machine, and for an older one without AVX-512."""
+    if request.param != "native" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"{request.param} does not run on {platform.machine()}")
+    library = native_library(request.param)
+    assert library is not None, "the machine that tests has a C++ compiler"
+    return library
