@@ -1,3 +1,5 @@
+"""Kernels to be tested: for this machine, and for an older one."""
+
 import ctypes
 import platform
 
