@@ -80,6 +80,7 @@ class TorchRunner:
             logits_to_keep=last[wanted],
             step=self._context(ordered),
         )
+        self._mixed_batch.clear()
         logits_BV: Tensor = output.logits[0].float()
         # Back into the order of the chunks.
         return logits_BV[sorted(range(len(wanted)), key=lambda row: order[wanted[row]])]

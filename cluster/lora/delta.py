@@ -16,15 +16,18 @@ from torch import Tensor
 
 
 def mixed_delta(x_TI: Tensor, a_CI: Tensor, b_CO: Tensor, mask_TC: Tensor) -> Tensor:
-    """What the mixtures of T rows add to the base's output, shape [T, O], in x's dtype.
+    """What the mixtures of T rows add to the base's output, shape [T, O], in x's dtype."""
+    return mixed_bottleneck(x_TI, a_CI, mask_TC).to(b_CO.dtype) @ b_CO
+
+
+def mixed_bottleneck(x_TI: Tensor, a_CI: Tensor, mask_TC: Tensor) -> Tensor:
+    """`(x A^T) * M`, fp32 [T, C]: of all layers that read x, where A holds the columns of all.
 
     `mask_TC` holds weight * scale in the columns of the row's adapters and 0 elsewhere. It selects rather than
-    multiplies, since 0 times infinity is NaN and one adapter's overflow must not reach another's rows. The bottleneck
-    is fp32 whatever the dtype of x.
+    multiplies, since 0 times infinity is NaN and one adapter's overflow must not reach another's rows.
     """
     h_TC = (x_TI @ a_CI.T).float()
-    selected_TC = torch.where(mask_TC != 0, h_TC * mask_TC, 0.0)
-    return selected_TC.to(b_CO.dtype) @ b_CO
+    return torch.where(mask_TC != 0, h_TC * mask_TC, 0.0)
 
 
 def mask_columns(weights_TN: Tensor, owner_C: Tensor, scale_C: Tensor) -> Tensor:

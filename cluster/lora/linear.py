@@ -1,7 +1,8 @@
 """The mixed batch: linear layers that add to each row the delta of that row's own mixture.
 
 `MixedLinear` wraps a base layer; one `MixedBatch` is shared by all layers of a model and says, for the rows of the
-step at hand, which adapters are active and with which weights. With none active no LoRA code runs at all.
+step at hand, which adapters are active and with which weights. With none active no LoRA code runs at all. Layers that
+read the same input (q, k and v; gate and up) are a site: their A are one product, computed by the first of them.
 Letters: T rows, I input width, O output width, C columns, N active adapters, B sequences.
 """
 
@@ -13,47 +14,83 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from cluster.lora.delta import mask_columns, mixed_delta
+from cluster.lora.delta import mask_columns, mixed_bottleneck
 from cluster.lora.weights import AdapterWeights, LinearLayer, adaptable_layers
 from cluster.messages import AdapterRef, Mixture
 
 _KEPT_ARRANGEMENTS = 8
 """Stacks of so many sets of adapters are kept: a decode batch and the prefills between its steps come back."""
 
+_SITES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+
+
+def _site_of(name: str) -> str:
+    """The layers that have the same site read the same input."""
+    parent, _, layer = name.rpartition(".")
+    return f"{parent}.{_SITES.get(layer, layer)}"
+
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Which adapter owns each column, and its scale. Layers whose columns are laid out alike share one."""
+    """Which adapter owns each column, and its scale. Sites whose columns are laid out alike share one."""
 
     owner_C: Tensor
     scale_C: Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class _Stack:
-    """The factors of all active adapters for one layer, side by side."""
+class _Site:
+    """A of all active adapters and all layers of a site, one below the other."""
 
     a_CI: Tensor
-    b_CO: Tensor
     layout: int
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrangement:
-    """A set of adapters, arranged for products: one stack per layer, each distinct layout once."""
+class _Layer:
+    """B of all active adapters for one layer, and which of its site's columns they read."""
 
-    stacks: dict[str, _Stack]
+    b_CO: Tensor
+    columns: slice
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrangement:
+    """A set of adapters, arranged for products: each distinct layout once."""
+
+    sites: dict[str, _Site]
+    layers: dict[str, _Layer]
     layouts: list[_Layout]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(s.a_CI.nbytes for s in self.sites.values()) + sum(s.b_CO.nbytes for s in self.layers.values())
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """Rows of a step that share one stack of adapters."""
+    """Rows of a step that share one arrangement of adapters."""
 
     start: int
     end: int
-    stacks: dict[str, _Stack]
+    arrangement: _Arrangement
     masks_TC: list[Tensor]
+
+    def bottleneck(self, site: str, x_TI: Tensor) -> Tensor | None:
+        """Of these rows, [rows, C]; None where no adapter changes the site."""
+        if (stack := self.arrangement.sites.get(site)) is None:
+            return None
+        h_TC = mixed_bottleneck(x_TI[self.start : self.end], stack.a_CI, self.masks_TC[stack.layout])
+        return h_TC.to(stack.a_CI.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bottlenecks:
+    """What a site's first layer computed for the others. Holding the input keeps its identity its own."""
+
+    site: str
+    x: Tensor
+    of_passes: list[Tensor | None]
 
 
 class MixedBatch:
@@ -62,6 +99,7 @@ class MixedBatch:
     def __init__(self) -> None:
         self._arrangements: OrderedDict[tuple[AdapterRef, ...], _Arrangement] = OrderedDict()
         self._passes: list[_Pass] = []
+        self._last: _Bottlenecks | None = None
 
     def set_rows(
         self,
@@ -75,7 +113,7 @@ class MixedBatch:
         first and share a stack; a longer one meets its own mixture's columns only. The cost of the step follows the
         adapters named here, not those resident. A new set of adapters is copied; a set seen lately is not.
         """
-        self._passes = []
+        self.clear()
         num_single = next((index for index, length in enumerate(lengths) if length > 1), len(lengths))
         assert all(length > 1 for length in lengths[num_single:]), "single rows come first"
         self._add_pass(mixtures[:num_single], 0, num_single, resident)
@@ -98,13 +136,18 @@ class MixedBatch:
         # A single mixture serves all its rows by broadcasting.
         weights_TN = torch.tensor(rows, dtype=torch.float32, device=arrangement.layouts[0].owner_C.device)
         masks_TC = [mask_columns(weights_TN, layout.owner_C, layout.scale_C) for layout in arrangement.layouts]
-        self._passes.append(_Pass(start, end, arrangement.stacks, masks_TC))
+        self._passes.append(_Pass(start, end, arrangement, masks_TC))
+
+    def clear(self) -> None:
+        """The step is over: no rows, and nothing of them is kept."""
+        self._passes = []
+        self._last = None
 
     def forget(self, ref: AdapterRef) -> None:
         """Free every stack that holds a copy of this adapter, also the last step's."""
         for refs in [refs for refs in self._arrangements if ref in refs]:
             del self._arrangements[refs]
-        self._passes = []
+        self.clear()
 
     @property
     def stacked_refs(self) -> frozenset[AdapterRef]:
@@ -114,16 +157,20 @@ class MixedBatch:
     @property
     def stacked_bytes(self) -> int:
         """Memory of the stacks: copies, beside the adapters themselves."""
-        stacks = [stack for kept in self._arrangements.values() for stack in kept.stacks.values()]
-        return sum(stack.a_CI.nbytes + stack.b_CO.nbytes for stack in stacks)
+        return sum(kept.num_bytes for kept in self._arrangements.values())
 
-    def add_to(self, name: str, x_TI: Tensor, y_TO: Tensor) -> None:
-        """Add to the base's output of layer `name`, in place, what the rows' mixtures say."""
-        for rows in self._passes:
-            if (stack := rows.stacks.get(name)) is not None:
-                part = slice(rows.start, rows.end)
-                delta_TO = mixed_delta(x_TI[part], stack.a_CI, stack.b_CO, rows.masks_TC[stack.layout])
-                y_TO[part] += delta_TO.to(y_TO.dtype)
+    def add_to(self, name: str, x: Tensor, y: Tensor) -> None:
+        """Add to the base's output of layer `name`, in place, what the rows' mixtures say of its input `x`."""
+        if not self._passes:
+            return
+        site = _site_of(name)
+        if self._last is None or self._last.site != site or self._last.x is not x:
+            x_TI = x.reshape(-1, x.shape[-1])
+            self._last = _Bottlenecks(site, x, [rows.bottleneck(site, x_TI) for rows in self._passes])
+        y_TO = y.view(-1, y.shape[-1])
+        for rows, h_TC in zip(self._passes, self._last.of_passes, strict=True):
+            if h_TC is not None and (layer := rows.arrangement.layers.get(name)) is not None:
+                y_TO[rows.start : rows.end] += h_TC[:, layer.columns] @ layer.b_CO
 
     def _arrange(self, refs: tuple[AdapterRef, ...], resident: Mapping[AdapterRef, AdapterWeights]) -> _Arrangement:
         if (kept := self._arrangements.get(refs)) is None:
@@ -136,20 +183,29 @@ class MixedBatch:
 
 
 def _arrangement(adapters: list[AdapterWeights]) -> _Arrangement:
-    stacks: dict[str, _Stack] = {}
+    sites: dict[str, _Site] = {}
+    layers: dict[str, _Layer] = {}
     layouts: dict[tuple[tuple[int, ...], tuple[float, ...]], int] = {}
-    for name in sorted({name for weights in adapters for name in weights.factors}):
-        present = [(index, weights.factors[name]) for index, weights in enumerate(adapters) if name in weights.factors]
-        owner = tuple(index for index, f in present for _ in range(f.rank))
-        scale = tuple(f.scale for _, f in present for _ in range(f.rank))
-        stacks[name] = _Stack(
-            a_CI=torch.cat([f.a_RI for _, f in present]),
-            b_CO=torch.cat([f.b_OR.T for _, f in present]),
-            layout=layouts.setdefault((owner, scale), len(layouts)),
-        )
-    device = next(iter(stacks.values())).a_CI.device
+    names = sorted({name for weights in adapters for name in weights.factors}, key=lambda name: (_site_of(name), name))
+    for site, of_site in groupby(names, key=_site_of):
+        a_CI: list[Tensor] = []
+        owner: list[int] = []
+        scale: list[float] = []
+        for name in of_site:
+            start, b_CO = len(owner), []
+            for index, weights in enumerate(adapters):
+                if (factors := weights.factors.get(name)) is not None:
+                    a_CI.append(factors.a_RI)
+                    b_CO.append(factors.b_OR.T)
+                    owner += [index] * factors.rank
+                    scale += [factors.scale] * factors.rank
+            layers[name] = _Layer(torch.cat(b_CO), slice(start, len(owner)))
+        layout = layouts.setdefault((tuple(owner), tuple(scale)), len(layouts))
+        sites[site] = _Site(torch.cat(a_CI), layout)
+    device = next(iter(layers.values())).b_CO.device
     return _Arrangement(
-        stacks,
+        sites,
+        layers,
         [_Layout(torch.tensor(o, device=device), torch.tensor(s, device=device)) for o, s in layouts],
     )
 
@@ -165,7 +221,7 @@ class MixedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        self.batch.add_to(self.name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        self.batch.add_to(self.name, x, y)
         return y
 
 
