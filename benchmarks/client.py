@@ -15,7 +15,7 @@ import torch
 
 from cluster.engine.engine import Engine, StepOutput
 from cluster.lora.peft_format import read_foreign
-from cluster.lora.weights import AdapterWeights, Factors
+from cluster.lora.weights import AdapterWeights, Resident
 from cluster.messages import AdapterRef, GenerateRequest
 
 
@@ -28,12 +28,8 @@ class AdapterLibrary:
     dtype: torch.dtype
 
     def load(self, ref: AdapterRef) -> AdapterWeights:
-        """Read one from its files, as the base's products need it."""
-        weights = read_foreign(self.folders[ref], self.base_fingerprint)
-        factors = {
-            name: Factors(f.a_RI.to(self.dtype), f.b_OR.to(self.dtype), f.scale) for name, f in weights.factors.items()
-        }
-        return AdapterWeights(factors, self.base_fingerprint)
+        """Read one from its files."""
+        return read_foreign(self.folders[ref], self.base_fingerprint, self.dtype)
 
 
 @dataclass(slots=True)
@@ -85,7 +81,7 @@ class Client:
         self._engine = engine
         self._library = library
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapters")
-        self._read: SimpleQueue[tuple[AdapterRef, Future[AdapterWeights]]] = SimpleQueue()
+        self._read: SimpleQueue[tuple[AdapterRef, Future[Resident]]] = SimpleQueue()
         self._reading: set[AdapterRef] = set()
 
     def play(
@@ -136,10 +132,14 @@ class Client:
         for ref in self._engine.wanted_adapters():
             if ref not in self._reading:
                 self._reading.add(ref)
-                future = self._reader.submit(self._library.load, ref)
+                future = self._reader.submit(self._prepared, ref)
                 future.add_done_callback(partial(self._note_read, ref))
 
-    def _note_read(self, ref: AdapterRef, future: Future[AdapterWeights]) -> None:
+    def _prepared(self, ref: AdapterRef) -> Resident:
+        """Called in the reading thread."""
+        return self._engine.prepare_adapter(ref, self._library.load(ref))
+
+    def _note_read(self, ref: AdapterRef, future: Future[Resident]) -> None:
         """Called in the reading thread."""
         self._read.put((ref, future))
 
@@ -156,7 +156,7 @@ class Client:
             except Empty:
                 return
             self._reading.discard(ref)
-            self._engine.add_adapter(ref, future.result())
+            self._engine.add_prepared(ref, future.result())
 
 
 def _note(played: Played, output: StepOutput, now_s: float) -> str | None:

@@ -24,7 +24,7 @@ from benchmarks.random_model import SHAPES, write_random_model
 from benchmarks.report import in_words, machine_words, print_table, result_line, write_json
 from benchmarks.system import TimedModel, num_cores, read_bandwidth
 from benchmarks.throughput import MANY, idle_adapters, serving, sharing
-from benchmarks.turnover import cliff, hot_and_cold, roomy_cliff
+from benchmarks.turnover import cliff, crowded_cliff, hot_and_cold
 from cluster.config import CHECKOUT
 from cluster.errors import InvalidInput, ZephyraError
 from cluster.lora.catalog import Catalog
@@ -45,8 +45,8 @@ SCENARIOS = {
     "serving": Scenario(serving, "tokens/s of the base and of adapters in turn at 1, 8 and 16 requests"),
     "sharing": Scenario(sharing, "distinct adapters and mixtures against one adapter each", MANY),
     "idle": Scenario(idle_adapters, "base-only requests with adapters resident"),
-    "cliff": Scenario(cliff, "a working set of twice the slot bank, and as many requests in flight as that"),
-    "roomy": Scenario(roomy_cliff, "the same with no more requests in flight than the slot bank has room for"),
+    "cliff": Scenario(cliff, "a working set of twice the slot bank"),
+    "crowded": Scenario(crowded_cliff, "the same with twice as many requests in flight as can have their adapter"),
     "hot": Scenario(hot_and_cold, "one hot and 50 cold domains"),
     "quantized": Scenario(decode_rates, "int8 and int4 decode at 1 request, and memory"),
     "quality": Scenario(quality_rises, "what int8 and int4 cost in perplexity (needs --quality-model)"),
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", type=Path, help="folder with base/, lora0/, lora1/, ...")
     parser.add_argument("--adapters", type=int, default=8, help="adapters that mixed loads take in turn")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the engine runs")
     parser.add_argument("--threads", type=int, default=num_cores(), help="of the products; all cores by default")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="NAME", help="scenarios to run")
     parser.add_argument("--rounds", type=int, help=f"repeats of each load ({Effort().rounds})")
@@ -97,6 +98,8 @@ def _run(options: argparse.Namespace, errors: Console) -> None:
             raise InvalidInput(f"--{name} is {value}; expected at least 1.")
     if options.json is not None and not options.json.parent.is_dir():
         raise InvalidInput(f"--json is {options.json}, whose folder does not exist; make it first.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput("--device is cuda, and torch sees no GPU here; leave it out to measure on the CPU.")
     names = _chosen(options, errors)
     torch.set_num_threads(options.threads)
     with _model(options, errors) as model:
@@ -105,7 +108,7 @@ def _run(options: argparse.Namespace, errors: Console) -> None:
             model=model,
             num_adapters=options.adapters,
             effort=_effort(options),
-            bandwidth=read_bandwidth(),
+            bandwidth=read_bandwidth(model.device),
             console=errors,
             peers=_peers(options, errors) if "peers" in names else None,
             quality=_quality(options) if "quality" in names else None,
@@ -128,10 +131,12 @@ def _run(options: argparse.Namespace, errors: Console) -> None:
 
 def _chosen(options: argparse.Namespace, errors: Console) -> list[str]:
     """The scenarios to run: those named, or all, less what is not there to be run."""
+    on_cpu = options.device == "cpu"
+    has_proc = Path("/proc/self/statm").exists()
     lacking = {
-        "peers": None if options.peers else "--peers",
+        "peers": "--peers" if not options.peers else None if on_cpu else "--device cpu, where the peers run",
         "quality": None if options.quality_model else "--quality-model ROOT",
-        "quantized": None if Path("/proc/self/statm").exists() else "Linux, whose /proc tells the memory in use",
+        "quantized": None if on_cpu and has_proc else "a CPU, and Linux, whose /proc tells the memory in use",
     }
     chosen = []
     for name in options.only or SCENARIOS:
@@ -148,7 +153,7 @@ def _chosen(options: argparse.Namespace, errors: Console) -> list[str]:
 def _model(options: argparse.Namespace, errors: Console) -> Iterator[TimedModel]:
     """The model that was named; for --quick without one, a tiny one, removed in the end."""
     if options.model is not None:
-        yield TimedModel(options.model.resolve())
+        yield TimedModel(options.model.resolve(), options.device)
         return
     if not options.quick:
         raise InvalidInput(
@@ -158,7 +163,7 @@ def _model(options: argparse.Namespace, errors: Console) -> Iterator[TimedModel]
     errors.print("writing a tiny random model ...")
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(Path(folder), SHAPES["tiny"], max(MANY, options.adapters))
-        yield TimedModel(Path(folder))
+        yield TimedModel(Path(folder), options.device)
 
 
 def _effort(options: argparse.Namespace) -> Effort:

@@ -58,8 +58,9 @@ def _short(value: float) -> str:
 
 def machine_words(bench: Bench) -> str:
     """What the figures were measured on."""
+    device = f"{torch.get_num_threads()} threads" if bench.model.device == "cpu" else torch.cuda.get_device_name()
     return (
-        f"{bench.model.folder}, {bench.num_adapters} adapters, {torch.get_num_threads()} threads, "
+        f"{bench.model.folder}, {bench.num_adapters} adapters, {device}, "
         f"{bench.bandwidth / 1e9:.1f} GB/s, torch {torch.__version__}, {platform.machine()}"
     )
 

@@ -33,6 +33,8 @@ class TimedModel:
     """A folder with a base in `base` and adapters in `lora0`, `lora1`, ..., to be run in bf16."""
 
     folder: Path
+    device: str = "cpu"
+    """As torch names it."""
 
     def check(self, least_adapters: int) -> None:
         """Raise `InvalidInput` unless there is a base with at least so many adapters."""
@@ -124,7 +126,7 @@ class System:
 @contextmanager
 def opened(model: TimedModel, base_folder: Path, size: Size, new_tokens: int) -> Iterator[System]:
     """An engine of this size on the base in `base_folder`, which is the model's own or made of it."""
-    base = load_base(base_folder, torch.bfloat16)
+    base = load_base(base_folder, torch.bfloat16, model.device)
     settings = EngineSettings(
         max_batch_size=MAX_BATCH_SIZE,
         max_waiting=MAX_WAITING,
@@ -162,9 +164,9 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def read_bandwidth() -> float:
+def read_bandwidth(device: str = "cpu") -> float:
     """Bytes per second at which all threads together sum a large array: the best of several passes."""
-    array = torch.ones(_BANDWIDTH_BYTES // 4)
+    array = torch.ones(_BANDWIDTH_BYTES // 4, device=device)
     float(array.sum())
     times_s = []
     for _ in range(7):

@@ -1,5 +1,6 @@
 """Tokens per second: the base alone, adapters in turn, many adapters or one, mixtures or single ones, adapters idle."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,9 +48,10 @@ def loads(num_adapters: int) -> dict[str, Load]:
     return named
 
 
-def _runs(system: System, named: dict[str, Load]) -> dict[str, Callable[[], float]]:
+def _runs(bench: Bench, system: System, named: dict[str, Load]) -> dict[str, Callable[[], float]]:
     """The loads, and in each round what memory gives: on a shared machine it changes from minute to minute."""
-    return {name: partial(load.tokens_per_s, system) for name, load in named.items()} | {_BANDWIDTH: read_bandwidth}
+    runs: dict[str, Callable[[], float]] = {name: partial(load.tokens_per_s, system) for name, load in named.items()}
+    return runs | {_BANDWIDTH: partial(read_bandwidth, bench.model.device)}
 
 
 def _bound(num_requests: int, rates: Sequence[float], extra_bytes: int, bandwidths: Sequence[float]) -> float:
@@ -65,7 +67,7 @@ def serving(bench: Bench) -> Measurements:
     names = [name for n in CONCURRENCY for name in (f"base_{n}", mixed_name(bench.num_adapters, n))]
     with bench.opened(Size(bench.num_adapters)) as system:
         named = {name: load for name, load in loads(bench.num_adapters).items() if name in names}
-        rates = bench.interleaved("base and adapters", _runs(system, named), bench.effort.rounds)
+        rates = bench.interleaved("base and adapters", _runs(bench, system, named), bench.effort.rounds)
     figures = {name: Measurement(rates[name]) for name in names}
     for n in CONCURRENCY:
         mixed = mixed_name(bench.num_adapters, n)
@@ -83,7 +85,7 @@ def sharing(bench: Bench) -> Measurements:
     single = mixed_name(bench.num_adapters, MANY)
     named = {name: loads(bench.num_adapters)[name] for name in ("same16", "distinct16", single, "mix3")}
     with bench.opened(Size(max(MANY, bench.num_adapters))) as system:
-        rates = bench.interleaved("shared adapters and mixtures", _runs(system, named), bench.effort.rounds)
+        rates = bench.interleaved("shared adapters and mixtures", _runs(bench, system, named), bench.effort.rounds)
     bound = _bound(MANY, rates["same16"], (MANY - 1) * bench.model.adapter_bytes(), rates[_BANDWIDTH])
     return {
         "distinct16_over_same16": Measurement(paired_ratios(rates["distinct16"], rates["same16"]), bound),
@@ -94,15 +96,33 @@ def sharing(bench: Bench) -> Measurements:
 def idle_adapters(bench: Bench) -> Measurements:
     """Requests to the base alone on an engine that holds adapters against one that holds none.
 
-    Two engines with equal work can differ by how their memory happens to lie. So both are measured before either
-    holds an adapter, too, and the ratio then is divided out.
+    The two take steps in turn, so that whatever slows the machine slows both. Two engines with equal work can still
+    differ by how their memory happens to lie: both are measured before either holds an adapter, too, and the ratio
+    then is divided out.
     """
-    load = Load(MANY, plain)
     with bench.opened(Size(bench.num_adapters)) as with_adapters, bench.opened(Size(bench.num_adapters)) as without:
-        runs = {"with": partial(load.tokens_per_s, with_adapters), "without": partial(load.tokens_per_s, without)}
-        before = bench.interleaved("two engines, no adapters yet", runs, bench.effort.rounds)
+        run = {"steps in turn": partial(_speed_of_first_over_second, with_adapters, without)}
+        before = bench.interleaved("two engines, no adapters yet", run, bench.effort.rounds)
         with_adapters.client.register([domain(i) for i in range(bench.num_adapters)])
-        after = bench.interleaved("one of them with adapters, idle", runs, bench.effort.rounds)
-    unequal = Measurement(paired_ratios(before["with"], before["without"])).value
-    ratios = paired_ratios(after["with"], after["without"])
-    return {"idle_adapters_over_none": Measurement(tuple(ratio / unequal for ratio in ratios))}
+        after = bench.interleaved("one of them with adapters, idle", run, bench.effort.rounds)
+    unequal = Measurement(before["steps in turn"]).value
+    return {"idle_adapters_over_none": Measurement(tuple(ratio / unequal for ratio in after["steps in turn"]))}
+
+
+def _speed_of_first_over_second(first: System, second: System) -> float:
+    """The same load on both, a step of one and a step of the other: the median ratio of the pairs' times."""
+    systems = (first, second)
+    for system in systems:
+        for request in system.workload.requests(MANY, plain):
+            system.engine.submit(request)
+    ratios: list[float] = []
+    while first.engine.has_work:
+        times_s = [0.0, 0.0]
+        # Who goes second finds the machine as the other has left it.
+        for place in (0, 1) if len(ratios) % 2 else (1, 0):
+            since_s = time.perf_counter()
+            systems[place].engine.step()
+            times_s[place] = time.perf_counter() - since_s
+        ratios.append(times_s[1] / times_s[0])
+    assert not second.engine.has_work, "equal work ended after different numbers of steps"
+    return median(ratios)

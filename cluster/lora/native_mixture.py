@@ -80,12 +80,23 @@ def _laid_out(weights: AdapterWeights, site: Site, dtype: torch.dtype, is_paired
     present = [weights.factors[name] for name in site.layers if name in weights.factors]
     if not present:
         return []
-    a_CI = torch.cat([pad(f.a_RI.to(dtype), (0, 0, 0, f.rank % 2)) for f in present])
+    a_CI = torch.cat([_padded(f.a_RI.to(dtype), (0, 0, 0, f.rank % 2)) for f in present])
     scales_C = torch.cat([torch.full((_even(f.rank),), f.scale) for f in present])
     missing = -len(a_CI) % _RANKS
-    a_CI = pad(a_CI, (0, -a_CI.shape[1] % 4, 0, missing))
-    a = a_CI.view(-1, _RANKS, a_CI.shape[1] // 4, 4).transpose(1, 2)
+    a_CI = _padded(a_CI, (0, -a_CI.shape[1] % 4, 0, missing))
+    a = _whole(a_CI.view(-1, _RANKS, a_CI.shape[1] // 4, 4)).transpose(1, 2)
     return [a, pad(scales_C, (0, missing)), *(_columns(f, dtype, is_paired) for f in present)]
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The last dimension as a single integer where one is that wide: numbers that stay together are copied at once."""
+    width = {4: torch.int32, 8: torch.int64}.get(x.shape[-1] * x.itemsize)
+    return x if width is None else x.view(width)
+
+
+def _padded(x: Tensor, margins: tuple[int, int, int, int]) -> Tensor:
+    """`pad`, which copies even where there is nothing to add."""
+    return pad(x, margins) if any(margins) else x
 
 
 def _columns(factors: Factors, dtype: torch.dtype, is_paired: bool) -> Tensor:
@@ -93,9 +104,9 @@ def _columns(factors: Factors, dtype: torch.dtype, is_paired: bool) -> Tensor:
 
     The pair output by output, or 16 of the first rank before 16 of the second, as the kernels' packed weights have it.
     """
-    b_OR = pad(factors.b_OR.to(dtype), (0, factors.rank % 2, 0, -len(factors.b_OR) % _WIDTH))
-    vectors = b_OR.view(-1, _WIDTH // 16, 16, b_OR.shape[1] // 2, 2)
-    return vectors.permute(0, 3, 1, 2, 4) if is_paired else vectors.permute(0, 3, 1, 4, 2)
+    b_OR = _padded(factors.b_OR.to(dtype), (0, factors.rank % 2, 0, -len(factors.b_OR) % _WIDTH))
+    vectors = b_OR.contiguous().view(-1, _WIDTH // 16, 16, b_OR.shape[1] // 2, 2)
+    return _whole(vectors).permute(0, 3, 1, 2, 4) if is_paired else vectors.permute(0, 3, 1, 4, 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,8 +87,8 @@ def unpack(packed: PackedAdapter, dtype: torch.dtype, device: torch.device | str
     return weights
 
 
-def read_foreign(folder: Path, base_fingerprint: str) -> AdapterWeights:
-    """An adapter that PEFT itself wrote, which the caller says belongs to this base. In float32."""
+def read_foreign(folder: Path, base_fingerprint: str, dtype: torch.dtype = torch.float32) -> AdapterWeights:
+    """An adapter that PEFT itself wrote, which the caller says belongs to this base."""
     try:
         config_json = (folder / _CONFIG).read_text()
         tensors = np.fromfile(folder / _TENSORS, dtype=np.uint8)
@@ -96,7 +96,7 @@ def read_foreign(folder: Path, base_fingerprint: str) -> AdapterWeights:
         raise CorruptArtifact(
             f"{folder.name} lacks {_CONFIG} or {_TENSORS}; expected a folder that PEFT saved."
         ) from error
-    return unpack(PackedAdapter(config_json, base_fingerprint, tensors), torch.float32)
+    return unpack(PackedAdapter(config_json, base_fingerprint, tensors), dtype)
 
 
 def save(folder: Path, weights: AdapterWeights, base_model_name: str, metadata: dict[str, Any] | None = None) -> None:
