@@ -27,7 +27,7 @@ class Effort:
     turnover_rounds: int = 3
     open_requests: int = 200
     """Of the open loop with one hot domain and many cold ones."""
-    open_rounds: int = 2
+    open_rounds: int = 3
     quality_rows_per_domain: int = 100
 
 
