@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cluster.errors import CorruptArtifact, InvalidData, InvalidInput, UnknownDomain
 from cluster.messages import NONE_DOMAIN, RoutingDecision, check_domain_name
 from cluster.router.calibration import fit_temperature, fit_threshold
+from cluster.router.conversation import Turn, settle
 from cluster.router.encoder import Encoder, Encoding, join
 from cluster.router.features import collate, extract
 from cluster.router.head import Head, domain_logits, keys
@@ -78,6 +79,21 @@ class TinyAda(nn.Module):
             compute_ms = (time.perf_counter() - start_s) * 1000 / len(rows)
             decisions += [RoutingDecision(probable, weights, compute_ms) for probable, weights in decided]
         return decisions
+
+    @torch.inference_mode()
+    def route_conversation(self, turns: Sequence[str]) -> RoutingDecision:
+        """Decide for the last of a user's turns, oldest first, in the light of those before it; alone as `route` does.
+
+        Raises `InvalidInput` when there is no turn.
+        """
+        if not turns:
+            raise InvalidInput("The conversation has no turn to route; give at least one.")
+        start_s = time.perf_counter()
+        rows = self.logits(turns).tolist()
+        scored = [Turn(row, len(text)) for row, text in zip(rows, turns, strict=True)]
+        settled = settle(self.domains, scored, self.policy)
+        weights = self.policy.weights(self.domains, settled)
+        return RoutingDecision(probabilities(self.domains, settled), weights, (time.perf_counter() - start_s) * 1000)
 
     @torch.no_grad()
     def with_domain(self, name: str, examples: Sequence[str]) -> "TinyAda":
