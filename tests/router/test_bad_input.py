@@ -92,7 +92,7 @@ def test_a_megabyte_is_no_more_work_than_a_page(ada: TinyAda, unit: str) -> None
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_naming_a_domain_does_not_route_to_it(ada: TinyAda, injection: str) -> None:
-    """The names are no words of the training prompts, so they say nothing: where an order goes is up to its other words.
+    """The names are no words of the training prompts, so they say nothing: an order goes where its other words belong.
 
     In this small world "with" is a word of cooking: an order that has it may go there, whichever domain it names.
     """
