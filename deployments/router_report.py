@@ -55,6 +55,8 @@ def print_explanation(explanation: Explanation, console: Console, num_effects: i
         f"(selected from {explanation.threshold:+.2f} over none)",
         highlight=False,
     )
+    if explanation.is_data_free:
+        console.print(f"{explanation.domain} is known by words of its adapter alone: a guess", highlight=False)
     near = Table(title="nearest prototypes", title_justify="left")
     near.add_column("domain", no_wrap=True)
     near.add_column("number", justify="right")

@@ -59,6 +59,8 @@ class Explanation:
     decision: RoutingDecision
     domain: str
     """The domain with the largest logit, selected or not."""
+    is_data_free: bool
+    """Whether that domain is known by words of its adapter alone."""
     against: str
     """What it is compared with: none, or another domain."""
     margin: float
@@ -96,6 +98,7 @@ def explain(ada: TinyAda, text: str, against: str = NONE_DOMAIN) -> Explanation:
     return Explanation(
         decision,
         ada.domains[best],
+        ada.domains[best] in ada.data_free,
         against,
         margins[0],
         ada.policy.threshold,

@@ -12,6 +12,7 @@ from cluster.errors import InvalidInput
 from cluster.lora.weights import AdapterWeights, Factors
 from cluster.model.tokenizer import train_tokenizer
 from cluster.router.data_free import with_data_free_domain, words_of_adapter
+from cluster.router.explanation import explain
 from cluster.router.tiny_ada import TinyAda
 from tests.router.prompts import STRANGE, prompts
 
@@ -112,5 +113,7 @@ def test_words_of_the_adapter_recognise_prompts_that_speak_of_them(ada: TinyAda)
     grown = with_data_free_domain(ada, "tax", TAX_WORDS)
     (decision,) = grown.route(["income tax return refund"])
     assert set(decision.weights) == {"tax"}
+    assert explain(grown, "income tax return refund").is_data_free
+    assert not explain(grown, prompts("val", 1)[0][0]).is_data_free
     texts, domains = prompts("val", 20, seed=12)
     assert [max(d.weights, key=d.weights.__getitem__) for d in grown.route(texts)] == domains
