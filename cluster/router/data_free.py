@@ -45,7 +45,7 @@ def words_of_adapter(
         scores_T = scores_T / all_T.mean(0).clamp(min=_FLOOR)
     found: dict[str, None] = {}
     for token in scores_T.argsort(descending=True, stable=True).tolist():
-        text = tokenizer.decode([token]).strip().lower()
+        text = str(tokenizer.decode([token])).strip().lower()
         if _WORD.fullmatch(text):
             found.setdefault(text)
         if len(found) == num_words:
