@@ -19,7 +19,7 @@ TURN = st.builds(Turn, st.lists(LOGIT, min_size=4, max_size=4), st.integers(0, 2
 THRESHOLD = st.floats(-5, 0)
 LONG = ENOUGH_CHARACTERS
 
-FOLLOW_UPS = ("yes", "why?", "again", "thanks", "and then?", "go on")
+FOLLOW_UPS = ("yes", "why?", "again please", "thanks", "and then?", "go on")
 """Turns that a chat gives their domain."""
 
 
@@ -82,9 +82,9 @@ def test_a_domain_that_is_never_selected_has_no_say(turns: list[Turn], below: fl
 
 def test_by_hand() -> None:
     policy = Policy(0.0)
-    # All that may be carried, and of a turn of half the length half of what it says against the domain.
+    # All that may be carried, and of a turn of half the length a quarter of what it says against the domain.
     assert settle(NAMES, [_of(9, -9), _of(-3, -9)], policy) == [MAX_CARRY - 3, -9, -20, 0]
-    assert settle(NAMES, [_of(9, -9), _of(-3, -9, LONG // 2)], policy) == [MAX_CARRY - 1.5, -9, -20, 0]
+    assert settle(NAMES, [_of(9, -9), _of(-3, -9, LONG // 2)], policy) == [MAX_CARRY - 0.75, -9, -20, 0]
     # Less than all of it; what speaks for the domain counts whole.
     assert settle(NAMES, [_of(1.5, -9), _of(2, -9, 0)], policy) == [3.5, -9, -20, 0]
     # A follow-up takes nothing from it; each turn that went to none takes a share.
