@@ -210,9 +210,15 @@ def check_prompt(prompt: Prompt) -> None:
             ) from None
 
 
-def text_to_route(prompt: Prompt) -> str:
-    """What the router reads: the prompt, or of a chat the user's last turn."""
-    return prompt if isinstance(prompt, str) else prompt[-1].content
+MAX_ROUTED_TURNS = 8
+"""The router reads at most so many of a user's last turns in a chat."""
+
+
+def turns_to_route(prompt: Prompt) -> tuple[str, ...]:
+    """What the router reads, oldest first: the prompt, or of a chat the user's last turns, the newest decided upon."""
+    if isinstance(prompt, str):
+        return (prompt,)
+    return tuple(message.content for message in prompt if message.role is Role.USER)[-MAX_ROUTED_TURNS:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,36 +1,21 @@
-"""`zephyra ...`: serve, train, evaluate, chat. Thin: each command checks its arguments and calls one function."""
+"""`zephyra ...`: each command checks its arguments and calls one function."""
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from cluster.config import DEFAULT_ROOT, AppSettings, Quantization, StageSettings, absolute
-from cluster.errors import InvalidInput, StageOrder, ZephyraError
+from cluster.config import DEFAULT_ROOT, AppSettings, Quantization, absolute
+from cluster.errors import InvalidInput
+from deployments.command_line import STARTER, console, errors_told, root_and_data, run_stage, stage_settings
+from deployments.router_cli import app as router_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="One base, many experts."
 )
-console = Console()
-
-STARTER, STARTER_DATA = "starter", "artifacts/starter-data"
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Errors of the user's making: their sentence and exit status 1, no traceback."""
-    try:
-        yield
-    except ZephyraError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+app.add_typer(router_app, name="router")
 
 
 @app.command()
@@ -50,7 +35,7 @@ def serve(
     from cluster.training.pipeline import is_trained
     from deployments.cluster import Ports, serving, wait_forever
 
-    with _errors():
+    with errors_told():
         ports = Ports(http=port, grpc=grpc_port, dashboard=dashboard_port)
         ports.check_free()
         if root is None and base is None and not is_trained(absolute(DEFAULT_ROOT)):
@@ -89,47 +74,25 @@ def train(
     """Train a stage, or what is left of all four, in this process. On a cluster: python -m deployments.train."""
     from cluster.training import STAGES
 
-    with _errors():
+    with errors_told():
         if stage == "all":
             if not _train_all(recipe, data, root, again):
                 console.print("all four stages are done already; --again starts over")
         elif stage in STAGES:
-            _run_stage(stage, _settings(recipe, data, root))
+            run_stage(stage, stage_settings(recipe, data, root))
         else:
             raise InvalidInput(f"There is no stage {stage!r}; the stages are: {', '.join(STAGES)}, all.")
-
-
-def _settings(recipe_name: str, data: str | None, root: str | None) -> StageSettings:
-    from cluster.training.recipes import recipe
-    from cluster.training.starter.generate import generate_starter
-
-    chosen = recipe(recipe_name)
-    if data is None and recipe_name != STARTER:
-        raise InvalidInput(f"Recipe {recipe_name!r} needs --data: a folder of Parquet files.")
-    folder = absolute(STARTER_DATA) if data is None else Path(data).resolve()
-    if data is None and not folder.is_dir():
-        generate_starter(folder)
-    place = absolute(f"artifacts/{recipe_name}") if root is None else Path(root).resolve()
-    return StageSettings(root=place, data=folder, recipe=chosen, name=recipe_name)
 
 
 def _train_all(recipe: str, data: str | None, root: str | None, again: bool) -> bool:
     from cluster.training.pipeline import run_all
 
-    settings = _settings(recipe, data, root)
+    settings = stage_settings(recipe, data, root)
     since = time.monotonic()
-    left = run_all(settings, lambda stage: _run_stage(stage, settings), again)
+    left = run_all(settings, lambda stage: run_stage(stage, settings), again)
     if left:
         console.print(f"trained '{recipe}' in {time.monotonic() - since:.0f} s: {settings.root}")
     return left
-
-
-def _run_stage(stage: str, settings: StageSettings) -> None:
-    from cluster.training import STAGES
-    from cluster.training.run import LocalRun
-
-    with LocalRun(stage, settings.root / "runs" / f"{stage}-{settings.mark}", console) as run:
-        STAGES[stage](settings, run)
 
 
 @app.command()
@@ -145,17 +108,11 @@ def evaluate(
     """Per domain: loss of base, routed, oracle and worst adapter, exact answers, routing, abstentions."""
     from cluster.training.evaluation import EvaluationSettings
     from cluster.training.evaluation import evaluate as measure
-    from cluster.training.pipeline import data_of, root_trained_on
     from cluster.training.run import LocalRun
     from deployments.report import print_report
 
-    with _errors():
-        place = Path(root).resolve() if root else absolute(DEFAULT_ROOT)
-        if data is not None and root is None:
-            place = root_trained_on(Path(data).resolve()) or place
-        folder = Path(data).resolve() if data is not None else data_of(place)
-        if folder is None:
-            raise StageOrder(f"{place} holds no trained system; run `zephyra train all` first, or name another --root.")
+    with errors_told():
+        place, folder = root_and_data(root, data)
         with LocalRun("evaluation", place / "runs" / "evaluation", console) as run:
             report = measure(EvaluationSettings(root=place, data=folder, split=split, rows_per_domain=rows), run)
         print_report(report, console)
@@ -176,7 +133,7 @@ def quantize(
     """Write the base with 8 or 4 bits per weight, for `zephyra serve --quantization`. The same adapters fit."""
     from deployments.base_folder import write_quantized
 
-    with _errors():
+    with errors_told():
         by_bits: dict[int, Quantization] = {8: "int8", 4: "int4"}
         if (quantization := by_bits.get(bits)) is None:
             raise InvalidInput(f"--bits is {bits}; expected 8 or 4.")
@@ -202,7 +159,7 @@ def chat(
     """Ask, and see which domains answered."""
     from deployments.chat import GrpcClient, HttpClient, converse
 
-    with _errors():
+    with errors_told():
         client = GrpcClient(grpc_target, model, max_tokens) if grpc else HttpClient(url, model, max_tokens)
         converse(client, prompt, console, remember)
 

@@ -23,7 +23,7 @@ from cluster.messages import (
     TokenChunk,
     check_prompt,
     check_weights,
-    text_to_route,
+    turns_to_route,
 )
 from deployments import calls
 from deployments.catalog_follower import CatalogFollower
@@ -87,6 +87,7 @@ class Gateway:
         self, router: calls.Handle, replica: calls.Handle, root: str, router_wait_s: float = ROUTER_WAIT_S
     ) -> None:
         self._route = calls.method(router, "route")
+        self._route_conversation = calls.method(router, "route_conversation")
         self._check_replica = calls.method(replica, "check_health")
         self._generate = calls.method(replica, "generate", stream=True)
         self._router_wait_s = router_wait_s
@@ -121,16 +122,19 @@ class Gateway:
         """What the router would answer `prompt` with."""
         check_prompt(prompt)
         start_s = time.perf_counter()
-        decisions: list[RoutingDecision] = await calls.read(
-            self._route,
-            [text_to_route(prompt)],
-            timeout_s=self._router_wait_s,
-            lost=RouterUnavailable(
-                f"The router did not answer within {self._router_wait_s:g} s; try again, or name a model."
-            ),
-        )
+        decision = await self._decision(list(turns_to_route(prompt)))
         routing_ms = (time.perf_counter() - start_s) * 1000
-        return Routing(self._current(decisions[0].weights), decisions[0].probabilities, routing_ms)
+        return Routing(self._current(decision.weights), decision.probabilities, routing_ms)
+
+    async def _decision(self, turns: list[str]) -> RoutingDecision:
+        wait_s = self._router_wait_s
+        lost = RouterUnavailable(f"The router did not answer within {wait_s:g} s; try again, or name a model.")
+        decision: RoutingDecision
+        if len(turns) == 1:
+            (decision,) = await calls.read(self._route, turns, timeout_s=wait_s, lost=lost)
+        else:
+            decision = await calls.read(self._route_conversation, turns, timeout_s=wait_s, lost=lost)
+        return decision
 
     async def _routing(self, request: ClientRequest) -> Routing:
         domain = self._domain_of_model(request.model)

@@ -38,6 +38,12 @@ class Router:
             return [NOT_ROUTED] * len(texts)
         return await asyncio.get_running_loop().run_in_executor(self._worker, ada.route, list(texts))
 
+    async def route_conversation(self, turns: Sequence[str]) -> RoutingDecision:
+        """One decision for the last of a user's turns, in the light of those before it."""
+        if (ada := self._ada) is None:
+            return NOT_ROUTED
+        return await asyncio.get_running_loop().run_in_executor(self._worker, ada.route_conversation, list(turns))
+
     async def _take(self, state: CatalogState) -> None:
         if state.router != self._version:
             await asyncio.to_thread(self._load, state.router)

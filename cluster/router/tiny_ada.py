@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cluster.errors import CorruptArtifact, InvalidData, InvalidInput, UnknownDomain
 from cluster.messages import NONE_DOMAIN, RoutingDecision, check_domain_name
 from cluster.router.calibration import fit_temperature, fit_threshold
+from cluster.router.conversation import Turn, settle
 from cluster.router.encoder import Encoder, Encoding, join
 from cluster.router.features import collate, extract
 from cluster.router.head import Head, domain_logits, keys
@@ -44,6 +45,8 @@ class TinyAda(nn.Module):
         self.encoder = encoder
         self.head = head
         self.policy = policy
+        self.data_free: frozenset[str] = frozenset()
+        """Domains known by words of their adapters alone: a guess, until somebody gives examples."""
 
     @property
     def num_parameters(self) -> int:
@@ -79,12 +82,27 @@ class TinyAda(nn.Module):
             decisions += [RoutingDecision(probable, weights, compute_ms) for probable, weights in decided]
         return decisions
 
+    @torch.inference_mode()
+    def route_conversation(self, turns: Sequence[str]) -> RoutingDecision:
+        """Decide for the last of a user's turns, oldest first, in the light of those before it; alone as `route` does.
+
+        Raises `InvalidInput` when there is no turn.
+        """
+        if not turns:
+            raise InvalidInput("The conversation has no turn to route; give at least one.")
+        start_s = time.perf_counter()
+        rows = self.logits(turns).tolist()
+        scored = [Turn(row, len(text)) for row, text in zip(rows, turns, strict=True)]
+        settled = settle(self.domains, scored, self.policy)
+        weights = self.policy.weights(self.domains, settled)
+        return RoutingDecision(probabilities(self.domains, settled), weights, (time.perf_counter() - start_s) * 1000)
+
     @torch.no_grad()
-    def with_domain(self, name: str, examples: Sequence[str]) -> "TinyAda":
+    def with_domain(self, name: str, examples: Sequence[str], is_data_free: bool = False) -> "TinyAda":
         """A router that also knows `name`, from a few prompts of it: rows are added, nothing is trained.
 
-        Every other logit stays as it is, bit for bit. The new domain takes
-        prompts that are as near to its examples as most of those are to each other.
+        Every other logit stays as it is, bit for bit. The new domain takes prompts that are as near to its examples as
+        most of those are to each other. `is_data_free` marks examples that nobody gave (`cluster/router/data_free.py`).
         Raises `InvalidInput` for a name that is taken or cannot be one, or when there are no examples.
         """
         check_domain_name(name)
@@ -101,6 +119,8 @@ class TinyAda(nn.Module):
         grown.head.insert(index)
         grown.head.set_rows(index, cluster_prototypes(keys(encoding), self._num_rows))
         grown.head.offsets_D[index] = self._offset(encoding)
+        if is_data_free:
+            grown.data_free |= {name}
         return grown
 
     def without_domain(self, name: str) -> "TinyAda":
@@ -109,6 +129,7 @@ class TinyAda(nn.Module):
         shrunk = copy.deepcopy(self)
         shrunk.domains = (*self.domains[:index], *self.domains[index + 1 :])
         shrunk.head.remove(index)
+        shrunk.data_free -= {name}
         return shrunk
 
     @torch.no_grad()
@@ -160,6 +181,7 @@ class TinyAda(nn.Module):
             num_table_rows=self.encoder.table.num_embeddings,
             width=self.encoder.table.embedding_dim,
             threshold=self.policy.threshold,
+            data_free=tuple(sorted(self.data_free)),
         )
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         safetensors.torch.save_file(tensors, folder / _TENSORS)
@@ -178,6 +200,7 @@ class TinyAda(nn.Module):
             encoder = Encoder(lexicon, saved.num_table_rows, saved.width)
             ada = cls(saved.domains, encoder, Head(num_domains, num_rows, saved.width), Policy(saved.threshold))
             ada.load_state_dict(tensors)
+            ada.data_free = frozenset(saved.data_free)
         except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
             raise CorruptArtifact(f"The router in {folder.name} cannot be read ({error}); train it again.") from error
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
@@ -235,6 +258,7 @@ class _Saved(BaseModel):
     num_table_rows: int = Field(ge=1, le=2**28)
     width: int = Field(ge=1, le=2**16)
     threshold: float = Field(allow_inf_nan=False)
+    data_free: tuple[str, ...] = ()
 
 
 def _own_logit(raw_BC: Tensor, labels_B: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def published_adapter(root: Path, ref: AdapterRef) -> AdapterWeights:
 def published_router(root: Path, state: CatalogState) -> TinyAda:
     """The current router. Raises `StageOrder` when none has been published."""
     if state.router is None:
-        raise StageOrder(f"{root} holds no router yet; run stage 'router' first.")
+        raise StageOrder(f"{root} holds no router yet; run `zephyra router train`, or `zephyra train all`.")
     return TinyAda.load(root / "router" / str(state.router))
 
 

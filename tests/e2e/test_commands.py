@@ -18,6 +18,9 @@ from tests.e2e.conftest import CHECKOUT, zephyra
         (["train", "base", "--data", "{empty}", "--root", "{empty}/root"], "no Parquet file"),
         (["train", "router", "--root", "{empty}/root"], "holds no base yet"),
         (["evaluate", "--root", "{empty}"], "holds no trained system"),
+        (["router", "train", "--root", "{empty}/root"], "holds no base yet"),
+        (["router", "evaluate", "--root", "{empty}"], "holds no trained system"),
+        (["router", "explain", "hi", "--root", "{empty}"], "run `zephyra router train`, or `zephyra train all`"),
         (
             ["serve", "--root", "{empty}", "--port", "8123", "--grpc-port", "9123", "--dashboard-port", "8223"],
             "zephyra train",

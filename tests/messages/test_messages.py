@@ -11,6 +11,7 @@ from cluster.errors import InvalidInput, InvalidMixture
 from cluster.messages import (
     MAX_MIXTURE_ENTRIES,
     MAX_PROMPT_CHARACTERS,
+    MAX_ROUTED_TURNS,
     RESERVED_NAMES,
     AdapterRef,
     ChatMessage,
@@ -23,7 +24,7 @@ from cluster.messages import (
     check_prompt,
     check_vocabulary,
     check_weights,
-    text_to_route,
+    turns_to_route,
 )
 
 _NAMES = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,62}", fullmatch=True).filter(lambda name: name not in RESERVED_NAMES)
@@ -163,7 +164,15 @@ def test_prompts_that_cannot_be_are_refused() -> None:
         check_prompt((user("hi"), ChatMessage(Role.ASSISTANT, "hello")))
     with pytest.raises(InvalidInput, match="not valid UTF-8 at character 2"):
         check_prompt("ab\ud800")
-    assert text_to_route((user("first"), user("last"))) == "last"
+
+
+def test_the_router_reads_the_users_last_turns() -> None:
+    assert turns_to_route("whole") == ("whole",)
+    chat = [ChatMessage(Role.SYSTEM, "rules")]
+    for number in range(MAX_ROUTED_TURNS + 2):
+        chat += [ChatMessage(Role.ASSISTANT, "hello"), ChatMessage(Role.USER, str(number))]
+        expected = tuple(str(n) for n in range(number + 1))[-MAX_ROUTED_TURNS:]
+        assert turns_to_route(tuple(chat)) == expected
 
 
 def test_a_request_crosses_a_process_border_as_it_is() -> None:

@@ -96,6 +96,11 @@ class WordRouter:
     async def route(self, texts: Sequence[str]) -> list[RoutingDecision]:
         return [self._decide(text) for text in texts]
 
+    async def route_conversation(self, turns: Sequence[str]) -> RoutingDecision:
+        """The newest turn's domains, or those of the last one before it that names any."""
+        decided = [self._decide(text) for text in turns]
+        return next((decision for decision in reversed(decided) if decision.weights), decided[-1])
+
     def _decide(self, text: str) -> RoutingDecision:
         named = [domain for domain in self._domains if domain in text]
         share = {domain: 1 / len(named) for domain in named}

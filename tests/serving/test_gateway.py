@@ -21,7 +21,8 @@ from cluster.messages import (
 )
 from deployments.base_replica import BaseReplica
 from deployments.gateway import Gateway
-from tests.nano import DOMAINS, publish_adapter
+from deployments.router import Router
+from tests.nano import DOMAINS, publish_adapter, publish_router
 from tests.serving.local import GoneHandle, LocalHandle, WordRouter, local_system
 
 pytestmark = pytest.mark.anyio
@@ -62,6 +63,8 @@ async def until(condition, seconds=5.0):
         (request("of law", mixture={}), {}),
         (request("of law", model="base", mixture={"math": 1}), {ref("math"): 1.0}),
         (request((ChatMessage(Role.USER, "math"), ChatMessage(Role.USER, "law"))), {ref("law"): 1.0}),
+        (request((ChatMessage(Role.USER, "math"), ChatMessage(Role.USER, "and why?"))), {ref("math"): 1.0}),
+        (request((ChatMessage(Role.SYSTEM, "math"), ChatMessage(Role.USER, "and why?"))), {}),
     ],
 )
 async def test_the_mixture_is_what_the_request_or_the_router_says(system, given, mixture):
@@ -101,6 +104,22 @@ async def test_a_domain_that_only_the_router_knows_is_left_out(root, system):
     gateway = Gateway(router, LocalHandle(system.replica), str(root))
     assert (await gateway.route("law, math and art")).mixture == Mixture.of({ref("law"): 0.5, ref("math"): 0.5})
     assert (await gateway.route("art")).mixture == Mixture()
+
+
+async def test_a_chat_is_routed_by_the_users_turns_together(own_root):
+    ada = publish_router(own_root)
+    gateway = Gateway(LocalHandle(Router(str(own_root))), GoneHandle(), str(own_root))
+    turns = ["select name from users", "the judge dismissed the appeal", "and why?"]
+    chat = []
+    for number, turn in enumerate(turns, start=1):
+        chat += [ChatMessage(Role.USER, turn)]
+        expected = ada.route_conversation(turns[:number])
+        routing = await gateway.route(tuple(chat))
+        assert routing.probabilities == expected.probabilities
+        assert {entry.domain: weight for entry, weight in routing.mixture.entries} == expected.weights
+        chat += [ChatMessage(Role.ASSISTANT, "it is so")]
+    alone = await gateway.route("and why?")
+    assert alone.probabilities == ada.route(["and why?"])[0].probabilities != routing.probabilities
 
 
 async def test_a_router_that_does_not_answer_is_an_error_and_others_need_none(root, system):

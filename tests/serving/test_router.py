@@ -28,6 +28,7 @@ async def until_weights(router, prompt, expected):
 async def test_without_a_router_every_prompt_is_the_bases(root):
     decisions = await Router(str(root)).route(PROMPTS)
     assert decisions == [RoutingDecision({"none": 1.0}, {})] * len(PROMPTS)
+    assert await Router(str(root)).route_conversation(PROMPTS) == decisions[0]
 
 
 async def test_it_decides_as_tiny_ada_and_takes_a_new_one_as_it_is_published(own_root):

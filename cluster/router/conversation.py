@@ -1,0 +1,69 @@
+"""A chat's turns -> the logits that decide for the newest one: its own, and what the turns before it carry over.
+
+A short follow-up ("and of Spain?") belongs to no domain by itself; it belongs to the chat's. Knows nothing of text,
+vectors or prototypes. What is carried to a domain depends on that domain's own logits and on what was selected, so a
+domain that is never selected has no say.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.router.policy import Policy
+
+MAX_CARRY = 3.0
+"""The most that earlier turns add to a domain's logit, in nats: a newest turn that speaks clearly outweighs it."""
+
+DECAY = 0.5
+"""What is left of that after each turn that went to none: what follows it may well belong to it."""
+
+ENOUGH_CHARACTERS = 32
+"""A turn of this length speaks for itself; of one of half the length a quarter of what it says against the chat's
+domain counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One of the user's turns."""
+
+    logits: Sequence[float]
+    """What it scores alone: one number per domain, none's last."""
+    num_characters: int
+
+
+def settle(domains: Sequence[str], turns: Sequence[Turn], policy: Policy) -> list[float]:
+    """The logits of the last of `turns`, oldest first, after what those before it carry over.
+
+    Those of a turn that nothing is carried to are its own, bit for bit.
+    """
+    carried: dict[str, float] = {}
+    logits: list[float] = []
+    for turn in turns:
+        logits = _with_carried(domains, turn, carried)
+        carried = _carry_on(domains, turn, carried, policy, policy.weights(domains, logits))
+    return logits
+
+
+def _with_carried(domains: Sequence[str], turn: Turn, carried: Mapping[str, float]) -> list[float]:
+    # Squared: that tells follow-ups from short prompts of no domain better than the plain share (docs/experiments.md).
+    say = min(1.0, turn.num_characters / ENOUGH_CHARACTERS) ** 2
+    none = turn.logits[-1]
+    logits = list(turn.logits)
+    for index, domain in enumerate(domains):
+        if domain in carried:
+            margin = logits[index] - none
+            logits[index] = none + carried[domain] + (margin if margin > 0 else say * margin)
+    return logits
+
+
+def _carry_on(
+    domains: Sequence[str], turn: Turn, carried: Mapping[str, float], policy: Policy, chosen: Mapping[str, float]
+) -> dict[str, float]:
+    """What the turn hands on: for the domains it went to, or, if it went to none, for those of before."""
+    if not chosen:
+        return {domain: DECAY * carry for domain, carry in carried.items()}
+    excess = {
+        domain: logit - turn.logits[-1] - policy.threshold
+        for domain, logit in zip(domains, turn.logits[:-1], strict=True)
+    }
+    # A follow-up takes nothing from the domain it went to: a chat may have many of them in a row.
+    return {domain: max(min(MAX_CARRY, excess[domain]), carried.get(domain, 0.0)) for domain in chosen}

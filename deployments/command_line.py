@@ -1,0 +1,69 @@
+"""What the commands of `zephyra` share: the terminal, how errors are told, and which folders a command means."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from cluster.config import DEFAULT_ROOT, StageSettings, absolute
+from cluster.errors import InvalidInput, StageOrder, ZephyraError
+
+console = Console()
+
+STARTER, STARTER_DATA = "starter", "artifacts/starter-data"
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """Errors of the user's making: their sentence and exit status 1, no traceback."""
+    try:
+        yield
+    except ZephyraError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def root_of(root: str | None) -> Path:
+    """The folder that `--root` names; by default the starter's."""
+    return Path(root).resolve() if root else absolute(DEFAULT_ROOT)
+
+
+def root_and_data(root: str | None, data: str | None) -> tuple[Path, Path]:
+    """The system to measure and the data to measure it on; either is found by the other when only one is named."""
+    from cluster.training.pipeline import data_of, root_trained_on
+
+    place = root_of(root)
+    if data is not None and root is None:
+        place = root_trained_on(Path(data).resolve()) or place
+    folder = Path(data).resolve() if data is not None else data_of(place)
+    if folder is None:
+        raise StageOrder(f"{place} holds no trained system; run `zephyra train all` first, or name another --root.")
+    return place, folder
+
+
+def stage_settings(recipe_name: str, data: str | None, root: str | None) -> StageSettings:
+    """What a stage is run with, from the options of a command. Makes the starter's data if they are not there."""
+    from cluster.training.recipes import recipe
+    from cluster.training.starter.generate import generate_starter
+
+    chosen = recipe(recipe_name)
+    if data is None and recipe_name != STARTER:
+        raise InvalidInput(f"Recipe {recipe_name!r} needs --data: a folder of Parquet files.")
+    folder = absolute(STARTER_DATA) if data is None else Path(data).resolve()
+    if data is None and not folder.is_dir():
+        generate_starter(folder)
+    place = absolute(f"artifacts/{recipe_name}") if root is None else Path(root).resolve()
+    return StageSettings(root=place, data=folder, recipe=chosen, name=recipe_name)
+
+
+def run_stage(stage: str, settings: StageSettings) -> None:
+    """One stage in this process, with a progress bar."""
+    from cluster.training import STAGES
+    from cluster.training.run import LocalRun
+
+    with LocalRun(stage, settings.root / "runs" / f"{stage}-{settings.mark}", console) as run:
+        STAGES[stage](settings, run)
