@@ -71,6 +71,9 @@ class RouterSettings(_Settings):
     pair_dropout: float = Field(default=0.5, ge=0, le=0.5)
     """Pairs of words are hidden with a rate drawn anew for each prompt between 0 and twice this: an unseen phrasing
     is made of known words in unseen pairs."""
+    feature_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of all features that a step leaves out, each by itself: what many texts teach must not hang on one of them.
+    Few texts need each that they have; with hundreds per domain, 0.4 is better."""
     outlier_rate: float = Field(default=0.25, ge=0, lt=1)
     """Share of the prompts of a step that lose their keywords, and then teach none."""
     outlier_dropout: float = Field(default=0.2, ge=0, le=1)

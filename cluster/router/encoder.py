@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.router.features import NUM_KINDS, PAIR, FeatureBatch
-from cluster.router.lexicon import UNKNOWN, Lexicon
+from cluster.router.lexicon import SILENT, UNKNOWN, Lexicon
 
 NUM_EVIDENCE = NUM_KINDS + 2
 
@@ -51,9 +51,13 @@ class Encoder(nn.Module):
 
     novel_table: Tensor
 
-    def forward(self, batch: FeatureBatch, hidden_N: Tensor | None = None) -> Encoding:
-        """Encode a batch; features marked in `hidden_N` (bool) are taken for never seen."""
+    def forward(self, batch: FeatureBatch, hidden_N: Tensor | None = None, silent_N: Tensor | None = None) -> Encoding:
+        """Encode a batch. Features marked in `hidden_N` (bool) are taken for never seen; those marked in `silent_N` for
+        known ones that have no row.
+        """
         rows_N = self.lexicon.rows[batch.slots_N].long()
+        if silent_N is not None:
+            rows_N = torch.where(silent_N & (rows_N >= 0), SILENT, rows_N)
         if hidden_N is not None:
             rows_N = rows_N.masked_fill(hidden_N, UNKNOWN)
         cells_N = batch.texts_N * NUM_KINDS + batch.kinds_N

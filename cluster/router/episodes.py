@@ -25,6 +25,8 @@ class Episode:
 
     hidden_N: Tensor
     """Features to take for never seen."""
+    silent_N: Tensor
+    """Features to leave out without taking them for never seen."""
     hidden_D: Tensor
     """Domains that do not exist in this step."""
     labels_B: Tensor
@@ -62,8 +64,11 @@ def draw_episode(
     pair_rate_B = 2 * settings.pair_dropout * torch.rand(batch.num_texts, generator=rng)
     lost_N = torch.rand(len(batch.slots_N), generator=rng) < pair_rate_B[batch.texts_N]
     hidden_N |= lost_N & (batch.kinds_N == PAIR)
+    silent_N = torch.zeros_like(hidden_N)
+    if settings.feature_dropout:
+        silent_N = torch.rand(len(batch.slots_N), generator=rng) < settings.feature_dropout
     none_B = outlier_B | torch.cat((hidden_D, torch.ones(1, dtype=torch.bool)))[labels_B]
-    return Episode(hidden_N, hidden_D, torch.where(none_B, num_domains, labels_B))
+    return Episode(hidden_N, silent_N, hidden_D, torch.where(none_B, num_domains, labels_B))
 
 
 def _keywords(batch: FeatureBatch, counted: Counted) -> tuple[Tensor, Tensor]:

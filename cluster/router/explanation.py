@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.errors import InvalidInput, UnknownDomain
 from cluster.messages import NONE_DOMAIN, RoutingDecision
-from cluster.router.features import _TOKEN, CHARACTERS, PAIR, TextFeatures, collate, extract, normalise
+from cluster.router.features import CHARACTERS, PAIR, TOKEN, TextFeatures, collate, extract, normalise
 from cluster.router.head import keys
 from cluster.router.tiny_ada import TinyAda
 
@@ -109,7 +109,7 @@ def explain(ada: TinyAda, text: str, against: str = NONE_DOMAIN) -> Explanation:
 
 def words(text: str) -> list[str]:
     """The words of `text` as the router reads them, in order: punctuation counts as words."""
-    return _TOKEN.findall(normalise(text))
+    return TOKEN.findall(normalise(text))
 
 
 def _parts(text: str, features: TextFeatures) -> Iterator[tuple[Kind, str, NDArray[np.bool_]]]:

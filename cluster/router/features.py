@@ -28,7 +28,7 @@ HEAD_CHARACTERS, TAIL_CHARACTERS = 512, 256
 
 _MAX_WORD_CHARACTERS = 40
 _WORD_CACHE = 32_768
-_TOKEN = re.compile(r"\w+|[^\w\s]")
+TOKEN = re.compile(r"\w+|[^\w\s]")
 _DIGIT = re.compile(r"\d")
 _PAIR_FACTOR = 0x9E3779B1
 _EDGE = np.array([zlib.crc32(b"the edge of the text")], dtype=np.uint32)
@@ -95,7 +95,7 @@ def _word(word: str) -> _Word:
 
 def extract(text: str) -> TextFeatures:
     """The features of `text`; of a text without words, the one pair of its two edges."""
-    words = [_word(word) for word in _TOKEN.findall(normalise(text))]
+    words = [_word(word) for word in TOKEN.findall(normalise(text))]
     hashes = np.concatenate((_EDGE, np.array([word.hash for word in words], dtype=np.uint32), _EDGE))
     # Products of uint32 wrap, which is what mixes the two hashes; the upper bits are the mixed ones.
     pairs = ((hashes[:-1] * np.uint32(_PAIR_FACTOR)) ^ hashes[1:]) * np.uint32(_PAIR_FACTOR)

@@ -25,6 +25,7 @@ from cluster.router.head import Head, domain_logits
 from cluster.router.lexicon import count
 from cluster.router.policy import Policy
 from cluster.router.tiny_ada import TinyAda
+from cluster.router.topics import Topics
 
 PARAMETER_FLOOR = 262_144
 """Parameters of the router for a base so small that its share would not suffice."""
@@ -53,11 +54,14 @@ class RouterFit:
         val_domains: Sequence[str],
         settings: RouterSettings,
         num_base_parameters: int,
+        topics: Sequence[str] | None = None,
     ) -> None:
         """`domains` names the domain of each text; "none" marks texts of no domain, which may be absent.
 
-        Validation texts calibrate and teach nothing. Raises `InvalidData` for lengths that differ, no domain at all,
-        or a domain that is validated but not trained; `InvalidInput` for an impossible name.
+        `topics`, if known, names the kind of each text within its domain, such as one intent of many: each kind then
+        has a prototype of its own, and is told from all others. Validation texts calibrate and teach nothing. Raises
+        `InvalidData` for lengths that differ, no domain at all, or a domain that is validated but not trained;
+        `InvalidInput` for an impossible name.
         """
         self.domains = tuple(sorted({check_domain_name(name) for name in domains if name != NONE_DOMAIN}))
         if not self.domains:
@@ -65,6 +69,7 @@ class RouterFit:
         self.settings = settings
         self.num_steps = settings.steps
         self._train = self._labelled("training", texts, domains)
+        self._topics = Topics(self._train.labels_B, topics, len(self.domains), settings.prototypes_per_domain)
         self._val = self._labelled("validation", val_texts, val_domains)
         if not bool((self._val.labels_B < len(self.domains)).any()):
             raise InvalidData("There is no validation text of any domain; the router needs some to calibrate.")
@@ -87,12 +92,12 @@ class RouterFit:
         labels = self._train.labels_B.numpy()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
-            self.head = Head(num_domains, self.settings.prototypes_per_domain, width)
+            self.head = Head(num_domains, self._topics.most_rows, width)
             layers = sum(p.numel() for p in self.head.parameters()) + 4 * width * width + 3 * width
             num_rows = min((num_parameters - layers) // width, NUM_SLOTS)
             self._counted = count(self._train.features, labels, num_domains + 1, num_rows)
             self.encoder = Encoder(self._counted.lexicon, num_rows, width)
-            proxies_DPW = torch.randn(num_domains, self.settings.prototypes_per_domain, width)
+            proxies_DPW = torch.randn(num_domains, self._topics.most_rows, width)
         self.proxies_DPW = nn.Parameter(nn.functional.normalize(proxies_DPW, dim=-1))
         self._trained = [*self.encoder.parameters(), *self.head.parameters(), self.proxies_DPW]
         self._optimizer = torch.optim.Adam(self._trained, lr=self.settings.learning_rate)
@@ -114,12 +119,14 @@ class RouterFit:
         drawn_B = torch.multinomial(self._draw_weights_B, settings.batch_size, replacement=True, generator=self._rng)
         batch = collate([self._train.features[index] for index in drawn_B.tolist()])
         episode = draw_episode(batch, self._train.labels_B[drawn_B], self._counted, num_domains, settings, self._rng)
-        encoding = self.encoder(batch, episode.hidden_N)
+        encoding = self.encoder(batch, episode.hidden_N, episode.silent_N)
         prototypes_DPW = nn.functional.normalize(self.proxies_DPW, dim=-1)
-        count_D = torch.full((num_domains,), settings.prototypes_per_domain)
-        logits_BD = domain_logits(encoding.z_BW, prototypes_DPW, count_D).masked_fill(episode.hidden_D, -math.inf)
-        logits_BC = torch.cat((logits_BD, self.head.none_logit(encoding)[:, None]), dim=1)
+        logits_BD = domain_logits(encoding.z_BW, prototypes_DPW, self._topics.num_rows_D)
+        none_B1 = self.head.none_logit(encoding)[:, None]
+        logits_BC = torch.cat((logits_BD.masked_fill(episode.hidden_D, -math.inf), none_B1), dim=1)
         loss = nn.functional.cross_entropy(logits_BC, episode.labels_B)
+        if self._topics.are_known:
+            loss = loss + self._topics.loss(encoding.z_BW, prototypes_DPW, none_B1, episode, drawn_B)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         self._optimizer.step()
@@ -131,7 +138,8 @@ class RouterFit:
         """The router as trained so far, calibrated on the validation texts. Training may go on afterwards."""
         encoder, head = copy.deepcopy(self.encoder), copy.deepcopy(self.head)
         for index, rows_PW in enumerate(nn.functional.normalize(self.proxies_DPW, dim=-1)):
-            head.set_rows(index, nn.functional.pad(rows_PW, (0, NOVEL_WIDTH)))
+            num_rows = int(self._topics.num_rows_D[index])
+            head.set_rows(index, nn.functional.pad(rows_PW[:num_rows], (0, NOVEL_WIDTH)))
         ada = TinyAda(self.domains, encoder, head, Policy(0.0)).eval()
         ada.calibrate(self._encode(self._val.features), self._val.labels_B, self.settings.target_false_rejection)
         return ada
