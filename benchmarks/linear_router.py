@@ -4,11 +4,13 @@ Knows no "none": how sure it is of the best domain says whether a text belongs t
 C centroids, F features.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import FeatureUnion, make_union
@@ -16,8 +18,14 @@ from sklearn.preprocessing import normalize
 
 from benchmarks.router_metrics import Floats, log_softmax, log_sum_exp
 
-_INVERSE_PENALTY = 10.0
+_INVERSE_PENALTY = 30.0
+"""Of 10, 30 and 100 the most accurate on a part of CLINC150's train, and the better calibrated of two that were."""
 _MOST_ITERATIONS = 200
+
+_MOST_WEIGHTS_OF_LBFGS = 20_000_000
+"""It keeps some 25 copies of all weights in double precision; beyond this SAG, which keeps two in single."""
+_SAG_ROUNDS = 60
+"""Of all texts; more changed no answer on a part of BANKING77's train."""
 
 
 def ngrams() -> FeatureUnion:
@@ -36,8 +44,15 @@ class Linear:
         """Learn from texts and the domain of each, of at least three domains; gives itself back."""
         assert len(set(labels)) > 2, "with two domains scikit-learn gives one number instead of one per domain"
         self._features = ngrams()
-        self._model = LogisticRegression(C=_INVERSE_PENALTY, max_iter=_MOST_ITERATIONS)
-        self._model.fit(self._features.fit_transform(texts), list(labels))
+        x_BF = self._features.fit_transform(texts)
+        if x_BF.shape[1] * len(set(labels)) <= _MOST_WEIGHTS_OF_LBFGS:
+            self._model = LogisticRegression(C=_INVERSE_PENALTY, max_iter=_MOST_ITERATIONS)
+        else:
+            self._model = LogisticRegression(C=_INVERSE_PENALTY, solver="sag", max_iter=_SAG_ROUNDS, random_state=0)
+        with warnings.catch_warnings():
+            # Stopped by the number of rounds, as meant.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self._model.fit(x_BF, list(labels))
         self.domains = tuple(str(name) for name in self._model.classes_)
         return self
 
