@@ -34,6 +34,8 @@ class Effort:
     """Of each split of a data set; all by default."""
     most_left_out: int | None = None
     """Domains that are left out in turn; all by default."""
+    curve_base_parameters: tuple[int, ...] = (6_500_000, 25_000_000, 100_000_000, 400_000_000)
+    """Of the bases whose routers make the curve of size against quality."""
     short_calls: int = 300
     """Calls with a short prompt whose times make one p50, and of which there are `rounds`."""
     long_calls: int = 300
@@ -46,6 +48,7 @@ QUICK = Effort(
     settings=RouterSettings(steps=15, batch_size=64),
     most_rows=1200,
     most_left_out=1,
+    curve_base_parameters=(6_500_000, 25_000_000),
     short_calls=5,
     long_calls=5,
     rounds=1,

@@ -14,9 +14,6 @@ from benchmarks.router_data import split_off_calibration
 from benchmarks.router_metrics import auroc
 from benchmarks.router_quality import judge
 
-BASE_SIZES = (6_500_000, 25_000_000, 100_000_000, 400_000_000)
-"""Parameters of the bases."""
-
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -32,9 +29,10 @@ class Point:
 def measure_curve(bench: RouterBench) -> list[Point]:
     """Accuracy and out-of-scope AUROC of each size, like the scenario `clinc`."""
     data = bench.data("clinc")
-    task = bench.task("curve", len(BASE_SIZES) * bench.effort.fewer_seeds)
+    sizes = bench.effort.curve_base_parameters
+    task = bench.task("curve", len(sizes) * bench.effort.fewer_seeds)
     points = []
-    for size in BASE_SIZES:
+    for size in sizes:
         tally, num_parameters = Tally(), 0
         for seed in range(bench.effort.fewer_seeds):
             trained = bench.train(*split_off_calibration(data.train, seed), seed, num_base_parameters=size)
