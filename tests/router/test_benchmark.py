@@ -196,6 +196,17 @@ def test_the_baseline_learns_and_is_surer_of_what_it_knows() -> None:
         assert auroc(judged.inside_B, outside.inside_B) > 0.8
 
 
+def test_the_baselines_other_solver_gives_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, domains = prompts("train", 40)
+    usual = Linear().fit(texts, domains)
+    monkeypatch.setattr("benchmarks.linear_router._MOST_WEIGHTS_OF_LBFGS", 0)
+    other = Linear().fit(texts, domains)
+    judged = [judge_linear(linear, texts, by_energy=False) for linear in (usual, other)]
+    assert not np.array_equal(judged[0].log_p_BD, judged[1].log_p_BD)
+    assert np.allclose(judged[0].log_p_BD, judged[1].log_p_BD, atol=0.5)
+    assert judged[0].accuracy(domains) == judged[1].accuracy(domains) == 1
+
+
 def test_centroids_learn_a_domain_from_examples() -> None:
     texts, domains = prompts("train", 40)
     known = [index for index, domain in enumerate(domains) if domain != "music"]
