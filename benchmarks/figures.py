@@ -7,7 +7,7 @@ slows down for a while slows both.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 CONCURRENCY = (1, 8, 16)
 """Requests at once."""
@@ -40,12 +40,21 @@ class Measurement:
         return median(self.repeats)
 
     def reaches(self, bar: Bar) -> bool:
-        """Whether the median reaches `bar`."""
+        """Whether the value reaches `bar`."""
         value = self.value
         if bar.of_bound:
             assert self.bound is not None, "a bar that is a share of a bound needs the bound"
             value /= self.bound
         return value <= bar.value if bar.at_most else value >= bar.value
+
+
+@dataclass(frozen=True, slots=True)
+class SeedMeasurement(Measurement):
+    """The repeats of a figure that differ by their seed and not by the machine's mood: their mean counts."""
+
+    @property
+    def value(self) -> float:
+        return fmean(self.repeats)
 
 
 Measurements = dict[str, Measurement]

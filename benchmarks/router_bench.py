@@ -1,0 +1,146 @@
+"""What all scenarios of the router's benchmark share: the data, how much is run, training, how far it has come."""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from benchmarks.figures import Measurements, SeedMeasurement
+from benchmarks.router_data import DataSet, Texts, load
+from cluster.config import RouterSettings
+from cluster.router.fit import RouterFit
+from cluster.router.tiny_ada import TinyAda
+
+BASELINE = "baseline_"
+"""Before the name of a figure: the same of the linear router."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is run."""
+
+    seeds: int = 5
+    """Trainings of tiny ada that a figure is the mean of."""
+    fewer_seeds: int = 2
+    """Of what takes longer: larger data sets, and every domain left out in turn."""
+    settings: RouterSettings = RouterSettings(
+        width=128, steps=1200, feature_dropout=0.4, word_dropout=0.1, outlier_rate=0.1, hidden_domain_rate=0.25
+    )
+    """Of every training but for the seed, whatever the data: chosen on a part of CLINC150's train split."""
+    most_rows: int | None = None
+    """Of each split of a data set; all by default."""
+    most_left_out: int | None = None
+    """Domains that are left out in turn; all by default."""
+    curve_base_parameters: tuple[int, ...] = (6_500_000, 25_000_000, 100_000_000, 400_000_000)
+    """Of the bases whose routers make the curve of size against quality."""
+    short_calls: int = 300
+    """Calls with a short prompt whose times make one p50, and of which there are `rounds`."""
+    long_calls: int = 300
+    rounds: int = 3
+
+
+QUICK = Effort(
+    seeds=1,
+    fewer_seeds=1,
+    settings=RouterSettings(steps=15, batch_size=64),
+    most_rows=1200,
+    most_left_out=1,
+    curve_base_parameters=(6_500_000, 25_000_000),
+    short_calls=5,
+    long_calls=5,
+    rounds=1,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A router and what training it took, from texts to the calibrated router."""
+
+    ada: TinyAda
+    train_s: float
+
+
+class RouterBench:
+    """What a scenario is given."""
+
+    def __init__(self, folder: Path, effort: Effort, num_base_parameters: int, console: Console) -> None:
+        self.folder = folder
+        """That all data sets lie below."""
+        self.effort = effort
+        self.num_base_parameters = num_base_parameters
+        """Of the base that the router is to serve, which sets the router's size."""
+        self.prefers_energy: bool | None = None
+        """Which score of the baseline tells texts outside better, once that was found out."""
+        self._sets: dict[str, DataSet] = {}
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            # Redrawn between trainings only: a thread that draws ten times a second slows what is timed.
+            auto_refresh=False,
+        )
+
+    def data(self, name: str) -> DataSet:
+        """The data set, read once. Raises like `router_data.load`."""
+        if name not in self._sets:
+            self._sets[name] = load(name, self.folder, self.effort.most_rows)
+        return self._sets[name]
+
+    def task(self, what: str, total: int) -> "Task":
+        """Something of `total` parts, to be shown as it goes on."""
+        task = Task(self.progress, self.progress.add_task(what, total=total))
+        self.progress.refresh()
+        return task
+
+    def train(self, learned: Texts, calibration: Texts, seed: int, num_base_parameters: int | None = None) -> Trained:
+        """Tiny ada; where the data names kinds of text within its domains, it learns to tell these too."""
+        settings = self.effort.settings.model_copy(update={"seed": seed})
+        size = num_base_parameters or self.num_base_parameters
+        start_s = time.perf_counter()
+        fit = RouterFit(
+            learned.texts,
+            learned.domains,
+            calibration.texts,
+            calibration.domains,
+            settings,
+            num_base_parameters=size,
+            topics=learned.intents,
+        )
+        for _ in range(fit.num_steps):
+            fit.step()
+        ada = fit.finish()
+        return Trained(ada, time.perf_counter() - start_s)
+
+
+class Task:
+    """How far one scenario has come."""
+
+    def __init__(self, progress: Progress, number: TaskID) -> None:
+        self._advance = partial(progress.update, number, advance=1, refresh=True)
+
+    def done(self) -> None:
+        """One part more."""
+        self._advance()
+
+
+class Tally:
+    """Collects what each seed gave for each figure."""
+
+    def __init__(self) -> None:
+        self._repeats: defaultdict[str, list[float]] = defaultdict(list)
+
+    def add(self, values: Mapping[str, float], prefix: str = "") -> None:
+        """One seed's values, by figure."""
+        for name, value in values.items():
+            self._repeats[prefix + name].append(float(value))
+
+    def measurements(self) -> Measurements:
+        """All figures, in the order in which they first came."""
+        return {name: SeedMeasurement(tuple(values)) for name, values in self._repeats.items()}
