@@ -20,6 +20,12 @@ BASELINE = "baseline_"
 """Before the name of a figure: the same of the linear router."""
 
 
+SETTINGS = RouterSettings(
+    width=128, steps=1200, feature_dropout=0.4, word_dropout=0.1, outlier_rate=0.1, hidden_domain_rate=0.25
+)
+"""Whatever the data: chosen on a part of CLINC150's train split."""
+
+
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How much is run."""
@@ -28,10 +34,8 @@ class Effort:
     """Trainings of tiny ada that a figure is the mean of."""
     fewer_seeds: int = 2
     """Of what takes longer: larger data sets, and every domain left out in turn."""
-    settings: RouterSettings = RouterSettings(
-        width=128, steps=1200, feature_dropout=0.4, word_dropout=0.1, outlier_rate=0.1, hidden_domain_rate=0.25
-    )
-    """Of every training but for the seed, whatever the data: chosen on a part of CLINC150's train split."""
+    settings: RouterSettings = SETTINGS
+    """Of every training but for the seed."""
     most_rows: int | None = None
     """Of each split of a data set; all by default."""
     most_left_out: int | None = None
