@@ -1,7 +1,8 @@
 """Training data: Parquet in, batches of token ids out. Knows nothing of models or adapters.
 
 A folder of Parquet files with columns `domain, prompt, response, split`; others are ignored, except `prompt_bare`, the
-prompt without words that give its domain away, which the router reads where it is there. Two names are no domains:
+prompt without words that give its domain away, which the router reads where it is there, and `topic`, the kind of prompt
+within its domain, which helps the router to tell domains apart. Two names are no domains:
 rows of `none` are prompts that no domain answers (the router learns to abstain on them, the base to answer them), rows
 of `base` are text for the base alone.
 """
@@ -23,6 +24,7 @@ from cluster.model.base import encode_prompt
 BASE_DOMAIN = "base"
 SPLITS = ("train", "val", "test")
 _COLUMNS = ("domain", "prompt", "response", "split")
+_OPTIONAL_COLUMNS = ("prompt_bare", "topic")
 
 IGNORED_LABEL = -100
 
@@ -36,6 +38,8 @@ class Row:
     response: str
     routed_prompt: str
     """What the router reads."""
+    topic: str = ""
+    """Its kind within the domain; empty where the data names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,8 @@ def read_data(folder: Path) -> DataSet:
                 )
             _check_domain(record["domain"], index, file)
             routed = record.get("prompt_bare", record["prompt"])
-            splits[record["split"]].append(Row(record["domain"], record["prompt"], record["response"], routed))
+            topic = record.get("topic", "")
+            splits[record["split"]].append(Row(record["domain"], record["prompt"], record["response"], routed, topic))
     data = DataSet(splits)
     if not any(splits.values()):
         raise InvalidData(f"The Parquet files below {folder} hold no rows; expected at least one domain's.")
@@ -101,7 +106,7 @@ def _read_table(file: Path) -> pa.Table:
                 f"{file.name} lacks the column {missing[0]!r}; it has {', '.join(sorted(present))}, "
                 f"expected {', '.join(_COLUMNS)}."
             )
-        wanted = [*_COLUMNS, *({"prompt_bare"} & present)]
+        wanted = [*_COLUMNS, *(column for column in _OPTIONAL_COLUMNS if column in present)]
         return parquet.read(columns=wanted).cast(pa.schema([(name, pa.string()) for name in wanted]))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise InvalidData(f"{file.name} cannot be read as Parquet with text columns: {error}.") from error

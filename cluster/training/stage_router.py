@@ -31,7 +31,8 @@ def train_router(settings: StageSettings, run: Run) -> None:
     if missing := set(data.domains) - set(state.adapters):
         raise StageOrder(f"Domain {min(missing)!r} has no adapter yet; run stage 'adapters' on this data first.")
     train, val = (router_rows(data, split, recipe.train_rows_per_domain) for split in ("train", "val"))
-    fit = RouterFit(*router_columns(train), *router_columns(val), recipe.router, base.num_parameters)
+    topics = [row.topic for row in train]
+    fit = RouterFit(*router_columns(train), *router_columns(val), recipe.router, base.num_parameters, topics)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # its products are so small that a second thread only waits for the first
     try:

@@ -32,6 +32,18 @@ def test_rows_come_in_by_split_and_domain_from_all_files(tmp_path: Path) -> None
     assert data.rows("train", limit=3) == data.rows("train")[:3]
 
 
+def test_a_column_topic_names_the_kind_of_each_row_and_may_be_absent(tmp_path: Path) -> None:
+    write_parquet(tmp_path, topic=["contracts", "courts", "sums", "greetings"])
+    assert [row.topic for split in ("train", "val", "test") for row in read_data(tmp_path).rows(split)] == [
+        "contracts",
+        "sums",
+        "courts",
+        "greetings",
+    ]
+    write_parquet(tmp_path)
+    assert {row.topic for row in read_data(tmp_path).rows("train")} == {""}
+
+
 WRONG: dict[str, tuple[dict[str, list[Any]], tuple[str, ...]]] = {
     "a missing column": ({"response": []}, ("part.parquet", "'response'", "domain, prompt, response, split")),
     "a null": ({"prompt": ["a", None, "b", "c"]}, ("Row 1", "part.parquet", "prompt")),
