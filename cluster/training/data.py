@@ -1,10 +1,10 @@
 """Training data: Parquet in, batches of token ids out. Knows nothing of models or adapters.
 
-A folder of Parquet files with columns `domain, prompt, response, split`; others are ignored, except `prompt_bare`, the
-prompt without words that give its domain away, which the router reads where it is there, and `topic`, the kind of prompt
-within its domain, which helps the router to tell domains apart. Two names are no domains:
-rows of `none` are prompts that no domain answers (the router learns to abstain on them, the base to answer them), rows
-of `base` are text for the base alone.
+A folder of Parquet files with columns `domain, prompt, response, split`; others are ignored, except two. `prompt_bare`
+is the prompt without words that give its domain away, which the router reads where it is there; `topic` is the kind of
+prompt within its domain, which helps the router to tell domains apart. Two names are no domains: rows of `none` are
+prompts that no domain answers (the router learns to abstain on them, the base to answer them), rows of `base` are text
+for the base alone.
 """
 
 from collections.abc import Sequence
