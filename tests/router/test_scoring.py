@@ -124,9 +124,11 @@ def test_what_is_written_to_rows_is_scored_in_whatever_way_it_is_written() -> No
     assert_current(head)
     for copied in (copy.deepcopy(head), _pickled(head)):
         # As often as the head it was copied from had been written to: that must not pass for its rows.
-        for domain in range(6):
-            copied.prototypes_DPV[domain] = _unit(4, WIDTH + NOVEL_WIDTH, seed=60 + domain)
-            assert_current(copied)
+        while copied.num_prototypes_D._version < head.num_prototypes_D._version:
+            copied.num_prototypes_D[0] = 1
+        while copied.prototypes_DPV._version < head.prototypes_DPV._version:
+            copied.prototypes_DPV[:] = _unit(6, 4, WIDTH + NOVEL_WIDTH, seed=60)
+        assert_current(copied)
         assert_current(head)
     head.prototypes_DPV = _unit(6, 4, WIDTH + NOVEL_WIDTH, seed=70)
     assert_current(head)
