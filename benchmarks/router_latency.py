@@ -20,6 +20,7 @@ from benchmarks.figures import Measurement, Measurements, interleaved, percentil
 from benchmarks.linear_router import Linear
 from benchmarks.router_bench import BASELINE, RouterBench
 from benchmarks.router_data import split_off_calibration
+from cluster.config import RouterSettings
 from cluster.router.tiny_ada import TinyAda
 
 NUM_DOMAINS = (10, 1_000, 10_000)
@@ -78,19 +79,18 @@ def latency(bench: RouterBench) -> Measurements:
 
 
 def among_random_domains(ada: TinyAda, num_domains: int) -> TinyAda:
-    """`ada` with so many domains of random unit vectors instead of its own, each of as many prototypes as fit.
+    """`ada` with so many domains of random unit vectors instead of its own, each of the usual number of prototypes.
 
-    Written into the head at once: domain by domain, `with_domain` would copy the whole router ten thousand times.
+    That is the default of `RouterSettings.prototypes_per_domain`; the data's own domains may have more, one for each of
+    their topics. What is novel takes part in them as in domains that were added while serving, of which nothing can be
+    left out. Written into the head at once: domain by domain, `with_domain` would copy all rows ten thousand times.
     """
     head = copy.deepcopy(ada.head)
-    rows_D = torch.arange(num_domains) % len(ada.domains)
-    for name, rows in list(head.named_buffers()):
-        if rows.dim() > 0 and len(rows) == len(ada.domains):
-            setattr(head, name, rows[rows_D])
-    _, num_prototypes, width = head.prototypes_DPV.shape
     random = torch.Generator().manual_seed(num_domains)
-    directions_DPV = torch.randn(num_domains, num_prototypes, width, generator=random)
-    head.prototypes_DPV = nn.functional.normalize(directions_DPV, dim=-1)
+    shape = (num_domains, RouterSettings().prototypes_per_domain, head.prototypes_DPV.shape[2])
+    head.prototypes_DPV = nn.functional.normalize(torch.randn(shape, generator=random), dim=-1)
+    head.num_prototypes_D = torch.full(shape[:1], shape[1])
+    head.offsets_D = torch.zeros(num_domains)
     names = tuple(f"domain{number:06}" for number in range(num_domains))
     return TinyAda(names, ada.encoder, head, ada.policy).eval()
 

@@ -23,6 +23,9 @@ MAX_MIXTURE_ENTRIES = 1024
 WEIGHT_STEP = 1 / 64
 """The router's weights are multiples of this, so that mixtures recur and what they need can be cached."""
 
+MAX_PROBABILITIES = 32
+"""The most domains whose probabilities the router names: among thousands the others' are next to nothing."""
+
 SEEDS = 2**63
 """How many seeds there are, from 0."""
 
@@ -268,7 +271,8 @@ class RoutingDecision:
     """What tiny ada says of one prompt."""
 
     probabilities: Mapping[str, float]
-    """Every domain and "none"; sums to 1."""
+    """The likeliest domains, at most `MAX_PROBABILITIES`, in the order of their names, and "none"; the domains that are
+    not named have what is missing to 1."""
     weights: Mapping[str, float]
     """The domains to mix, at most 3, weights normalised over them and multiples of 1/64; empty for the plain base."""
     compute_ms: float = 0.0

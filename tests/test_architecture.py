@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "model": {"errors", "messages", "config"},
     "kernels": {"config"},
     "lora": {"errors", "messages", "config", "kernels"},
-    "router": {"errors", "messages", "config", "model", "lora"},
+    "router": {"errors", "messages", "config", "kernels", "model", "lora"},
     "engine": {"errors", "messages", "config", "model", "kernels", "lora"},
     "training": {"errors", "messages", "config", "model", "lora", "router", "engine"},
 }

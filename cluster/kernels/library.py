@@ -27,7 +27,8 @@ SOURCES = Path(__file__).parent / "src"
 _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
 _BUILD_TIMEOUT_S = 300
-_PAGE_BYTES = 2 * 2**20
+PAGE_BYTES = 2 * 2**20
+"""Of a large page."""
 _LINE_BYTES = 64
 
 
@@ -138,6 +139,12 @@ class Step(ctypes.Structure):
     )
 
 
+class Prototypes(ctypes.Structure):
+    """The rows of every domain of a router, in fixed point."""
+
+    _fields_ = (("rows", c_void_p), ("starts", c_void_p), ("groups", c_int64), ("width", c_int64))
+
+
 @cache
 def native_library(architecture: str = "native") -> ctypes.CDLL | None:
     """The kernels, built if need be; None where there is no compiler, or none that can: then torch does the work.
@@ -160,8 +167,9 @@ def native_library(architecture: str = "native") -> ctypes.CDLL | None:
     library.zephyra_pack.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int)
     library.zephyra_rows.argtypes = (ctypes.POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int64, c_int)
     library.zephyra_product.argtypes = (c_void_p, c_int64, ctypes.POINTER(Matrix), c_void_p, c_int, c_int64, c_int)
+    library.zephyra_log_means.argtypes = (c_void_p, c_int64, ctypes.POINTER(Prototypes), c_float, c_void_p)
     library.zephyra_prefer_large_pages.argtypes = (c_void_p, c_size_t)
-    for name in ("run", "pack", "rows", "product", "prefer_large_pages"):
+    for name in ("run", "pack", "rows", "product", "log_means", "prefer_large_pages"):
         getattr(library, f"zephyra_{name}").restype = None
     library.zephyra_is_paired.argtypes = (c_int,)
     library.zephyra_is_paired.restype = c_int
@@ -185,8 +193,8 @@ class LargePages:
         padded_bytes = -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
         if padded_bytes > len(self._left):
             size = max(self._chunk_bytes, padded_bytes)
-            chunk = torch.empty(size + _PAGE_BYTES, dtype=torch.uint8)
-            start = -chunk.data_ptr() % _PAGE_BYTES
+            chunk = torch.empty(size + PAGE_BYTES, dtype=torch.uint8)
+            start = -chunk.data_ptr() % PAGE_BYTES
             self._left = chunk[start : start + size]
             self._chunks.append(chunk)
             self._library.zephyra_prefer_large_pages(self._left.data_ptr(), size)

@@ -5,8 +5,11 @@ vectors or prototypes. What is carried to a domain depends on that domain's own 
 domain that is never selected has no say.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.router.policy import Policy
 
@@ -25,45 +28,38 @@ domain counts."""
 class Turn:
     """One of the user's turns."""
 
-    logits: Sequence[float]
-    """What it scores alone: one number per domain, none's last."""
+    logits: NDArray[np.float64]
+    """What it scores alone: one number per domain, in the order of their names, none's last."""
     num_characters: int
 
 
-def settle(domains: Sequence[str], turns: Sequence[Turn], policy: Policy) -> list[float]:
-    """The logits of the last of `turns`, oldest first, after what those before it carry over.
+def settle(turns: Sequence[Turn], policy: Policy) -> NDArray[np.float64]:
+    """The logits of the last of `turns`, oldest first and at least one, after what those before it carry over.
 
     Those of a turn that nothing is carried to are its own, bit for bit.
     """
-    carried: dict[str, float] = {}
-    logits: list[float] = []
+    carried: dict[int, float] = {}
     for turn in turns:
-        logits = _with_carried(domains, turn, carried)
-        carried = _carry_on(domains, turn, carried, policy, policy.weights(domains, logits))
+        logits = _with_carried(turn, carried)
+        carried = _carry_on(turn, carried, policy, policy.numbered_weights(logits))
     return logits
 
 
-def _with_carried(domains: Sequence[str], turn: Turn, carried: Mapping[str, float]) -> list[float]:
+def _with_carried(turn: Turn, carried: Mapping[int, float]) -> NDArray[np.float64]:
     # Squared: that tells follow-ups from short prompts of no domain better than the plain share (docs/experiments.md).
     say = min(1.0, turn.num_characters / ENOUGH_CHARACTERS) ** 2
     none = turn.logits[-1]
-    logits = list(turn.logits)
-    for index, domain in enumerate(domains):
-        if domain in carried:
-            margin = logits[index] - none
-            logits[index] = none + carried[domain] + (margin if margin > 0 else say * margin)
+    logits = turn.logits.copy()
+    for domain, carry in carried.items():
+        margin = logits[domain] - none
+        logits[domain] = none + carry + (margin if margin > 0 else say * margin)
     return logits
 
 
-def _carry_on(
-    domains: Sequence[str], turn: Turn, carried: Mapping[str, float], policy: Policy, chosen: Mapping[str, float]
-) -> dict[str, float]:
+def _carry_on(turn: Turn, carried: Mapping[int, float], policy: Policy, chosen: Iterable[int]) -> dict[int, float]:
     """What the turn hands on: for the domains it went to, or, if it went to none, for those of before."""
-    if not chosen:
+    excess = {domain: float(turn.logits[domain] - turn.logits[-1] - policy.threshold) for domain in chosen}
+    if not excess:
         return {domain: DECAY * carry for domain, carry in carried.items()}
-    excess = {
-        domain: logit - turn.logits[-1] - policy.threshold
-        for domain, logit in zip(domains, turn.logits[:-1], strict=True)
-    }
     # A follow-up takes nothing from the domain it went to: a chat may have many of them in a row.
-    return {domain: max(min(MAX_CARRY, excess[domain]), carried.get(domain, 0.0)) for domain in chosen}
+    return {domain: max(min(MAX_CARRY, beyond), carried.get(domain, 0.0)) for domain, beyond in excess.items()}

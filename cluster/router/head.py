@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.router.encoder import NOVEL_WIDTH, NUM_EVIDENCE, Encoding
+from cluster.router.scoring import FixedPrototypes
 
 SHARPNESS = 12.0
 """What cosines are multiplied by: the nearest prototype decides, and the others smooth."""
@@ -21,8 +22,8 @@ _NONE_WIDTH = 32
 def domain_logits(keys_BV: Tensor, prototypes_DPV: Tensor, num_prototypes_D: Tensor) -> Tensor:
     """[B, D]: the log of the mean over a domain's prototypes of exp(SHARPNESS * product); further rows are padding.
 
-    One product of the same shape per domain, and double precision after it, so that what comes out for one domain does
-    not depend on how many others there are.
+    For training: all in floats, and differentiable. One product of the same shape per domain, and double precision
+    after it, so that what comes out for one domain does not depend on how many others there are.
     """
     num_domains, num_rows, _ = prototypes_DPV.shape
     product_DBP = torch.bmm(keys_BV.expand(num_domains, -1, -1), prototypes_DPV.transpose(1, 2))
@@ -52,6 +53,7 @@ class Head(nn.Module):
         self.register_buffer("none_offset", torch.zeros(()))
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("own_logit", torch.zeros(()))
+        self._fixed: FixedPrototypes | None = None
         self.none_in = nn.Linear(width + NUM_EVIDENCE, _NONE_WIDTH)
         self.none_out = nn.Linear(_NONE_WIDTH, 1)
 
@@ -62,14 +64,31 @@ class Head(nn.Module):
         return logit_B1.squeeze(1)
 
     def raw_logits(self, encoding: Encoding) -> Tensor:
-        """Logits [B, D + 1] before the temperature, none last."""
-        domains_BD = domain_logits(keys(encoding), self.prototypes_DPV, self.num_prototypes_D) + self.offsets_D
+        """Logits [B, D + 1] before the temperature, none last.
+
+        Where `encoding` is to be trained, the gradient is that of floats; the numbers are those of serving.
+        """
+        keys_BV = keys(encoding)
+        domains_BD = self.fixed_prototypes().logits(keys_BV.detach(), SHARPNESS)
+        if keys_BV.requires_grad:
+            smooth_BD = domain_logits(keys_BV, self.prototypes_DPV, self.num_prototypes_D)
+            domains_BD = domains_BD + (smooth_BD - smooth_BD.detach())
         none_B1 = (self.none_logit(encoding) + self.none_offset)[:, None]
-        return torch.cat((domains_BD, none_B1), dim=1)
+        return torch.cat((domains_BD + self.offsets_D, none_B1), dim=1)
 
     def forward(self, encoding: Encoding) -> Tensor:
         """Calibrated logits [B, D + 1], none last."""
         return self.raw_logits(encoding) / self.temperature
+
+    def fixed_prototypes(self) -> FixedPrototypes:
+        """The rows as they are scored, made anew when they were replaced or written to."""
+        if self._fixed is None or not self._fixed.are_of(self.prototypes_DPV, self.num_prototypes_D):
+            self._fixed = FixedPrototypes.of(self.prototypes_DPV, self.num_prototypes_D)
+        return self._fixed
+
+    def __getstate__(self) -> dict[str, object]:
+        """For copies and pickles: they make the rows that are scored from prototypes of their own."""
+        return {**self.__dict__, "_fixed": None}
 
     def set_rows(self, domain: int, prototypes_PV: Tensor) -> None:
         """Replace the prototypes of a domain; `prototypes_PV` has at most as many rows as there is room for."""

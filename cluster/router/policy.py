@@ -6,14 +6,23 @@ A domain is selected when its logit exceeds none's by the threshold, which no ot
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from cluster.messages import NONE_DOMAIN, WEIGHT_STEP
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cluster.messages import MAX_PROBABILITIES, NONE_DOMAIN, WEIGHT_STEP
 
 MAX_SELECTED = 3
 """The most domains the router mixes."""
 
 MIN_SHARE = 1 / 8
 """A domain with less than this share beside the best one is left out: it would blur the answer of the best."""
+
+
+Key = TypeVar("Key", int, str)
+"""A domain's number or its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,22 +32,27 @@ class Policy:
     threshold: float
     """How far a domain's logit must exceed none's to be selected; may be negative."""
 
-    def weights(self, domains: Sequence[str], logits: Sequence[float]) -> dict[str, float]:
+    def weights(self, domains: Sequence[str], logits: NDArray[np.float64]) -> dict[str, float]:
         """The domains to mix, at most `MAX_SELECTED`, with weights that sum to 1; empty for none.
 
-        `logits` holds one number per domain and none's last. Equal logits are taken in the order of the names.
+        `logits` holds one number per domain, in the order of their names, and none's last. Equal logits are taken in
+        that order.
         """
-        margins = {domain: logit - logits[-1] for domain, logit in zip(domains, logits[:-1], strict=True)}
-        passing = [domain for domain in margins if margins[domain] >= self.threshold]
-        best = sorted(passing, key=lambda domain: (-margins[domain], domain))[:MAX_SELECTED]
+        return {domains[number]: weight for number, weight in self.numbered_weights(logits).items()}
+
+    def numbered_weights(self, logits: NDArray[np.float64]) -> dict[int, float]:
+        """`weights` by the numbers of the domains."""
+        margins = logits[:-1] - logits[-1]
+        passing = np.flatnonzero(margins >= self.threshold)
+        best = passing[_largest(margins[passing], MAX_SELECTED)].tolist()
         if not best:
             return {}
-        shares = {domain: math.exp(margins[domain] - margins[best[0]]) for domain in best}
+        shares = {number: math.exp(margins[number] - margins[best[0]]) for number in best}
         total = sum(shares.values())
-        return round_weights({domain: share / total for domain, share in shares.items() if share / total >= MIN_SHARE})
+        return round_weights({number: share / total for number, share in shares.items() if share / total >= MIN_SHARE})
 
 
-def round_weights(weights: Mapping[str, float]) -> dict[str, float]:
+def round_weights(weights: Mapping[Key, float]) -> dict[Key, float]:
     """`weights`, positive, as multiples of `WEIGHT_STEP` that sum to 1: by largest remainder, ties by name."""
     total = sum(weights.values())
     steps = round(1 / WEIGHT_STEP)
@@ -50,9 +64,19 @@ def round_weights(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: count * WEIGHT_STEP for name, count in whole.items() if count}
 
 
-def probabilities(domains: Sequence[str], logits: Sequence[float]) -> dict[str, float]:
-    """The softmax of `logits` over the domains and none."""
-    top = max(logits)
-    powers = [math.exp(logit - top) for logit in logits]
-    total = sum(powers)
-    return {name: power / total for name, power in zip((*domains, NONE_DOMAIN), powers, strict=True)}
+def probabilities(domains: Sequence[str], logits: NDArray[np.float64]) -> dict[str, float]:
+    """The softmax of `logits` over the domains and none: the `MAX_PROBABILITIES` likeliest domains, and none last."""
+    powers = np.exp(logits - logits.max())
+    powers /= powers.sum()
+    named = sorted(_largest(logits[:-1], MAX_PROBABILITIES).tolist())
+    return {**{domains[number]: float(powers[number]) for number in named}, NONE_DOMAIN: float(powers[-1])}
+
+
+def _largest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """The numbers of the `count` largest values, the largest first, equal ones in their order."""
+    candidates = np.arange(len(values))
+    if len(values) > count:
+        # A quarter of what numpy's partition takes.
+        least = float(torch.from_numpy(values).topk(count).values[-1])
+        candidates = np.flatnonzero(values >= least)
+    return candidates[np.argsort(-values[candidates], kind="stable")[:count]]

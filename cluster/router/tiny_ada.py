@@ -35,7 +35,9 @@ _EXAMPLES_TO_PASS = 0.8
 
 
 class TinyAda(nn.Module):
-    """The router. Immutable in serving: adding or removing a domain gives a new one."""
+    """The router. Immutable in serving: adding or removing a domain gives a new one, which shares the encoder: copy one
+    of them (`copy.deepcopy`) before training it.
+    """
 
     def __init__(self, domains: tuple[str, ...], encoder: Encoder, head: Head, policy: Policy) -> None:
         """`domains`, sorted, name the rows of `head`."""
@@ -76,7 +78,7 @@ class TinyAda(nn.Module):
         decisions: list[RoutingDecision] = []
         for start in range(0, len(texts), _ENCODE_BATCH):
             start_s = time.perf_counter()
-            rows = self.logits(texts[start : start + _ENCODE_BATCH]).tolist()
+            rows = self.logits(texts[start : start + _ENCODE_BATCH]).double().numpy()
             decided = [(probabilities(self.domains, row), self.policy.weights(self.domains, row)) for row in rows]
             compute_ms = (time.perf_counter() - start_s) * 1000 / len(rows)
             decisions += [RoutingDecision(probable, weights, compute_ms) for probable, weights in decided]
@@ -91,9 +93,9 @@ class TinyAda(nn.Module):
         if not turns:
             raise InvalidInput("The conversation has no turn to route; give at least one.")
         start_s = time.perf_counter()
-        rows = self.logits(turns).tolist()
+        rows = self.logits(turns).double().numpy()
         scored = [Turn(row, len(text)) for row, text in zip(rows, turns, strict=True)]
-        settled = settle(self.domains, scored, self.policy)
+        settled = settle(scored, self.policy)
         weights = self.policy.weights(self.domains, settled)
         return RoutingDecision(probabilities(self.domains, settled), weights, (time.perf_counter() - start_s) * 1000)
 
@@ -113,7 +115,7 @@ class TinyAda(nn.Module):
         if not examples:
             raise InvalidInput(f"There are no examples of the domain {name!r}; give at least one prompt.")
         encoding = self._encode_all(examples)
-        grown = copy.deepcopy(self)
+        grown = self._fork()
         index = bisect.bisect(self.domains, name)
         grown.domains = (*self.domains[:index], name, *self.domains[index:])
         grown.head.insert(index)
@@ -126,7 +128,7 @@ class TinyAda(nn.Module):
     def without_domain(self, name: str) -> "TinyAda":
         """A router that no longer knows `name`; every other logit stays as it is. Raises `UnknownDomain`."""
         index = self._index(name)
-        shrunk = copy.deepcopy(self)
+        shrunk = self._fork()
         shrunk.domains = (*self.domains[:index], *self.domains[index + 1 :])
         shrunk.head.remove(index)
         shrunk.data_free -= {name}
@@ -205,7 +207,15 @@ class TinyAda(nn.Module):
             raise CorruptArtifact(f"The router in {folder.name} cannot be read ({error}); train it again.") from error
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
             raise CorruptArtifact(f"The router in {folder.name} holds NaN or infinity; train it again.")
+        ada.head.fixed_prototypes()  # now, not with the first prompt
         return ada
+
+    def _fork(self) -> "TinyAda":
+        """A copy to add rows to or take them from. What is only replaced, not written to, when that is done, is shared:
+        the encoder is by far the most, and of ten thousand domains the rows.
+        """
+        shared = (self.encoder, self.domains, self.head.prototypes_DPV)
+        return copy.deepcopy(self, {id(part): part for part in shared})
 
     @property
     def _num_rows(self) -> int:
@@ -220,7 +230,8 @@ class TinyAda(nn.Module):
         """int64 [B]: the number of each text's domain, D for none."""
         if len(texts) != len(domains):
             raise InvalidData(f"There are {len(texts)} texts and {len(domains)} domains; give a domain for each text.")
-        return torch.tensor([len(self.domains) if name == NONE_DOMAIN else self._index(name) for name in domains])
+        numbers = {name: number for number, name in enumerate((*self.domains, NONE_DOMAIN))}
+        return torch.tensor([numbers[name] if name in numbers else self._index(name) for name in domains])
 
     def _encode_all(self, texts: Sequence[str]) -> Encoding:
         return join([self.encode(texts[i : i + _ENCODE_BATCH]) for i in range(0, len(texts), _ENCODE_BATCH)])

@@ -22,7 +22,9 @@ from benchmarks.router_latency import Prompts, among_random_domains
 from benchmarks.router_metrics import auroc, calibration_error, false_positive_rate, log_softmax, log_sum_exp
 from benchmarks.router_quality import judge, judge_linear
 from benchmarks.router_report import RESULT_NAMES, bars, for_result
+from cluster.config import RouterSettings
 from cluster.errors import InvalidData, InvalidInput
+from cluster.router.encoder import NOVEL_WIDTH
 from cluster.router.tiny_ada import TinyAda
 from tests.router.prompts import DOMAINS, STRANGE, prompts
 
@@ -237,6 +239,10 @@ def test_random_domains_leave_the_encoder_and_the_way_through_the_head_as_they_a
     assert logits.shape == (1, 51)
     assert torch.isfinite(logits).all()
     assert len(set(logits[0, :50].tolist())) == 50
+    # The usual number of prototypes, not the data's, and none of them without what is novel.
+    assert grown.head.num_prototypes_D.tolist() == [RouterSettings().prototypes_per_domain] * 50
+    assert grown.head.prototypes_DPV.shape[1] == RouterSettings().prototypes_per_domain
+    assert (grown.head.prototypes_DPV[..., -NOVEL_WIDTH:].norm(dim=2) > 0.1).all()
     # None's logit reads no domain, and the router that was grown stays as it was.
     assert torch.equal(logits[0, -1], own[0, -1])
     assert len(ada.domains) == len(DOMAINS)

@@ -46,7 +46,8 @@ def test_logits_equal_a_slow_loop() -> None:
             rows = head.prototypes_DPV[domain, : head.num_prototypes_D[domain]].double()
             mean = sum(math.exp(SHARPNESS * float(row @ key)) for row in rows) / len(rows)
             expected = (math.log(mean) + 0.1 * domain) / 1.7
-            assert math.isclose(float(logits[text, domain]), expected, rel_tol=1e-4, abs_tol=1e-4)
+            # Scored in 16 bits: tests/router/test_scoring.py has the exact comparison.
+            assert math.isclose(float(logits[text, domain]), expected, abs_tol=1e-3)
         assert torch.allclose(logits[text, -1], (head.none_logit(encoding)[text] + 0.7) / 1.7)
 
 

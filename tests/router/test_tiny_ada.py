@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import CorruptArtifact, InvalidData, InvalidInput, UnknownDomain
-from cluster.messages import NONE_DOMAIN, WEIGHT_STEP, RoutingDecision
+from cluster.messages import MAX_PROBABILITIES, NONE_DOMAIN, WEIGHT_STEP, RoutingDecision
 from cluster.router.tiny_ada import TinyAda
 from tests.router.prompts import DOMAINS, STRANGE, prompts
 
@@ -91,6 +91,35 @@ def test_a_domain_comes_and_goes_without_a_trace(ada: TinyAda) -> None:
     assert back.domains == ada.domains
     assert torch.equal(back.head.raw_logits(back.encode(texts)), before)
     assert ada.domains == DOMAINS, "the router it was added to is as it was"
+
+
+def test_adding_and_removing_share_the_encoder_and_write_to_nothing_of_the_router_before(ada: TinyAda) -> None:
+    before = {name: tensor.clone() for name, tensor in ada.state_dict().items()}
+    grown = ada.with_domain("tax", TAX)
+    shrunk = grown.without_domain("sql")
+    assert grown.encoder is ada.encoder
+    assert shrunk.encoder is ada.encoder
+    held = {name: tensor.clone() for name, tensor in grown.state_dict().items()}
+    known = ("cooking", "music", "tax", "weather")
+    texts, domains = zip(*(row for row in zip(*prompts("train", 20), strict=True) if row[1] in known), strict=True)
+    shrunk.refit([*texts, *TAX], [*domains, *["tax"] * len(TAX)], texts, domains)
+    assert not torch.equal(shrunk.head.prototypes_DPV[0], grown.head.prototypes_DPV[0])
+    for router, kept in ((ada, before), (grown, held)):
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in router.state_dict().items())
+
+
+def test_of_many_domains_the_likeliest_are_named(ada: TinyAda) -> None:
+    many = ada
+    for number in range(MAX_PROBABILITIES):
+        many = many.with_domain(f"x{number:02}", [f"{word}{number} qx{number}" for word in ("ab", "cd")])
+    text = "Which spice goes with paper?"
+    (decision,) = many.route([text])
+    whole = many.scores([text])[0].exp().tolist()
+    by_name = dict(zip((*many.domains, NONE_DOMAIN), whole, strict=True))
+    named = [name for name in decision.probabilities if name != NONE_DOMAIN]
+    assert named == sorted(sorted(many.domains, key=lambda name: (-by_name[name], name))[:MAX_PROBABILITIES])
+    assert decision.probabilities == pytest.approx({name: by_name[name] for name in (*named, NONE_DOMAIN)}, abs=1e-6)
+    assert many.route_conversation([text]).probabilities == decision.probabilities
 
 
 def test_a_domain_of_six_examples_is_recognised_and_steals_nothing(ada: TinyAda) -> None:

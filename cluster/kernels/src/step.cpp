@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "mixture.h"
 #include "product.h"
+#include "prototypes.h"
 
 namespace {
 
@@ -185,6 +186,9 @@ void zephyra_product(const void* x, int64_t rows, const Matrix* matrix, float* y
         is_bf16 ? product(worker, (const bf16*)x, rows, *matrix, y, add, panel.data())
                 : product(worker, (const float*)x, rows, *matrix, y, add, panel.data());
     });
+}
+void zephyra_log_means(const int16_t* keys, int64_t num_keys, const Prototypes* prototypes, float scale, float* out) {
+    log_means(keys, num_keys, *prototypes, scale, out);
 }
 // Ask for pages of two megabytes: weights are read from end to end, and small pages cost a tenth of the speed.
 void zephyra_prefer_large_pages(void* memory, size_t size) {
