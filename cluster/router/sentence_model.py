@@ -123,10 +123,12 @@ class SentenceModel:
 
     @classmethod
     def load(cls, folder: Path) -> "SentenceModel":
-        """The model in `folder`. Raises `CorruptArtifact` when it cannot be read, or lacks weights."""
+        """The model in `folder`. Raises `CorruptArtifact` when it cannot be read, lacks weights, or is of no use."""
         # Here, since a router without such a model need not wait for it.
         from transformers import AutoModel
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         try:
             model, found = AutoModel.from_pretrained(
                 folder,
@@ -145,7 +147,19 @@ class SentenceModel:
         sentences = cls(model, tokenizer)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in nn.Module.parameters(model)):
             raise CorruptArtifact(f"The sentence encoder in {folder.name} holds NaN or infinity.")
+        sentences._try_out(folder.name)
         return sentences
+
+    def _try_out(self, name: str) -> None:
+        """Whether it takes every token and as many as are read: found out here, not by some user's prompt."""
+        last_token = self._tokenizer.get_vocab_size() - 1
+        try:
+            self._mean([[last_token] * (HEAD_TOKENS + TAIL_TOKENS)])
+        except Exception as error:  # whatever a model of any architecture may raise
+            raise CorruptArtifact(
+                f"The sentence encoder in {name} does not work ({error}); expected an encoder, such as a BERT, that takes "
+                f"{HEAD_TOKENS + TAIL_TOKENS} tokens of its tokenizer."
+            ) from error
 
 
 def checksum(folder: Path) -> str:

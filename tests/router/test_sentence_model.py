@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cluster.errors import CorruptArtifact, InvalidInput
 from cluster.router.sentence_model import HEAD_TOKENS, PACKAGE, TAIL_TOKENS, SentenceModel, find_sentence_model
@@ -117,6 +117,20 @@ def test_damaged_models_are_refused(tmp_path: Path) -> None:
     file.write_bytes(data)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CorruptArtifact, match="cannot be read"):
+        SentenceModel.load(tmp_path)
+
+
+@pytest.mark.parametrize(("num_positions", "num_tokens"), [(64, None), (128, 20)])
+def test_models_that_would_fail_on_some_text_are_refused(
+    tmp_path: Path, num_positions: int, num_tokens: int | None
+) -> None:
+    """Of fewer positions than tokens are read, or of fewer tokens than the tokenizer has."""
+    write_small_bert(tmp_path)
+    config = BertConfig.from_pretrained(tmp_path)
+    config.max_position_embeddings = num_positions
+    config.vocab_size = num_tokens or config.vocab_size
+    BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(CorruptArtifact, match="does not work"):
         SentenceModel.load(tmp_path)
 
 
