@@ -22,8 +22,10 @@ from benchmarks.router_data import SOURCES, files_of
 from benchmarks.router_latency import latency
 from benchmarks.router_quality import accuracy_on, clinc, fewshot, near
 from benchmarks.router_report import bars, for_result, in_words, print_table, terminal, write_json
+from benchmarks.router_sentences import RememberingModel, installed_encoder
 from cluster.config import CHECKOUT
 from cluster.errors import InvalidInput, ZephyraError
+from cluster.router.sentence_model import PACKAGE, SentenceModel, find_sentence_model
 
 QUICK_BASE_PARAMETERS = 1_000_000
 
@@ -89,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="of the base to be served, whose twenty-fifth the router may have (100,000,000)",
     )
+    parser.add_argument(
+        "--pretrained",
+        metavar="NAME",
+        default=installed_encoder(),
+        help="folder or package of a sentence encoder, for rows of their own; none leaves them out "
+        f"({PACKAGE} where it is installed)",
+    )
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
     parser.add_argument(
         "--curve",
@@ -110,7 +119,8 @@ def _run(options: argparse.Namespace, errors: Console) -> None:
         if (file := getattr(options, name)) is not None and not file.parent.is_dir():
             raise InvalidInput(f"--{name} is {file}, whose folder does not exist; make it first.")
     base_parameters = options.base_parameters or (QUICK_BASE_PARAMETERS if options.quick else 100_000_000)
-    bench = RouterBench(options.data.resolve(), _effort(options), base_parameters, errors)
+    sentences = _sentences(options.pretrained)
+    bench = RouterBench(options.data.resolve(), _effort(options), base_parameters, errors, sentences)
     if options.curve is not None:
         _draw(bench, options.curve, errors)
         return
@@ -141,6 +151,12 @@ def _chosen(options: argparse.Namespace, folder: Path, errors: Console) -> list[
     return names
 
 
+def _sentences(name: str | None) -> RememberingModel | None:
+    if name in (None, "none"):
+        return None
+    return RememberingModel(SentenceModel.load(find_sentence_model(name)))
+
+
 def _effort(options: argparse.Namespace) -> Effort:
     effort = QUICK if options.quick else Effort()
     return effort if options.seeds is None else replace(effort, seeds=options.seeds, fewer_seeds=options.seeds)
@@ -151,6 +167,7 @@ def _about(bench: RouterBench) -> dict[str, object]:
     return {
         "base_parameters": f"{bench.num_base_parameters:,}",
         "steps": bench.effort.settings.steps,
+        "pretrained": "none" if bench.sentences is None else f"{bench.sentences.num_parameters:,}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "machine": platform.machine(),

@@ -12,12 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from benchmarks.figures import Measurements, SeedMeasurement
 from benchmarks.router_data import DataSet, Texts, load
+from benchmarks.router_sentences import RememberingModel
 from cluster.config import RouterSettings
 from cluster.router.fit import RouterFit
 from cluster.router.tiny_ada import TinyAda
 
 BASELINE = "baseline_"
 """Before the name of a figure: the same of the linear router."""
+
+PRETRAINED = "pretrained_"
+"""Before the name of a figure: the same of tiny ada with a pretrained sentence encoder beside its n-grams."""
+
+PRETRAINED_BASE_PARAMETERS = 500_000_000
+"""Of the smallest base that such a router is meant for."""
 
 
 SETTINGS = RouterSettings(
@@ -72,12 +79,23 @@ class Trained:
 class RouterBench:
     """What a scenario is given."""
 
-    def __init__(self, folder: Path, effort: Effort, num_base_parameters: int, console: Console) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        effort: Effort,
+        num_base_parameters: int,
+        console: Console,
+        sentences: RememberingModel | None = None,
+    ) -> None:
         self.folder = folder
         """That all data sets lie below."""
         self.effort = effort
         self.num_base_parameters = num_base_parameters
         """Of the base that the router is to serve, which sets the router's size."""
+        self.sentences = sentences
+        """The pretrained encoder, where there is one."""
+        self.kinds = ("",) if sentences is None else ("", PRETRAINED)
+        """Of tiny ada, by what comes before the names of their figures."""
         self.prefers_energy: bool | None = None
         """Which score of the baseline tells texts outside better, once that was found out."""
         self._sets: dict[str, DataSet] = {}
@@ -103,10 +121,16 @@ class RouterBench:
         self.progress.refresh()
         return task
 
-    def train(self, learned: Texts, calibration: Texts, seed: int, num_base_parameters: int | None = None) -> Trained:
-        """Tiny ada; where the data names kinds of text within its domains, it learns to tell these too."""
+    def train(
+        self, learned: Texts, calibration: Texts, seed: int, kind: str = "", num_base_parameters: int | None = None
+    ) -> Trained:
+        """Tiny ada of one of `kinds`; where the data names kinds of text within domains, it learns these too."""
         settings = self.effort.settings.model_copy(update={"seed": seed})
         size = num_base_parameters or self.num_base_parameters
+        sentences = self.sentences if kind == PRETRAINED else None
+        if sentences is not None:
+            size = max(size, PRETRAINED_BASE_PARAMETERS)
+        saved_s = 0.0 if sentences is None else sentences.saved_s
         start_s = time.perf_counter()
         fit = RouterFit(
             learned.texts,
@@ -116,11 +140,13 @@ class RouterBench:
             settings,
             num_base_parameters=size,
             topics=learned.intents,
+            sentences=sentences,
         )
         for _ in range(fit.num_steps):
             fit.step()
         ada = fit.finish()
-        return Trained(ada, time.perf_counter() - start_s)
+        train_s = time.perf_counter() - start_s
+        return Trained(ada, train_s if sentences is None else train_s + sentences.saved_s - saved_s)
 
 
 class Task:

@@ -8,6 +8,7 @@ Letters: B texts, D domains.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from random import Random
 from statistics import fmean
 
@@ -74,7 +75,7 @@ def judge_linear(linear: Linear, texts: Sequence[str], by_energy: bool) -> Judge
 def clinc(bench: RouterBench) -> Measurements:
     """CLINC150 by domain: accuracy, calibration, and validation's out-of-scope texts, none of them in training."""
     data, tally = bench.data("clinc"), Tally()
-    task = bench.task("clinc", bench.effort.seeds + 1)
+    task = bench.task("clinc", bench.effort.seeds * len(bench.kinds) + 1)
 
     def figures(judged: Judged, outside: Judged) -> dict[str, float]:
         confidence_B: Floats = np.exp(judged.log_p_BD.max(axis=1))
@@ -87,10 +88,10 @@ def clinc(bench: RouterBench) -> Measurements:
             "clinc_oos_fpr95_by_probability": false_positive_rate(judged.probability_B, outside.probability_B),
         }
 
-    for seed in range(bench.effort.seeds):
-        trained = bench.train(*split_off_calibration(data.train, seed), seed)
+    for seed, kind in product(range(bench.effort.seeds), bench.kinds):
+        trained = bench.train(*split_off_calibration(data.train, seed), seed, kind)
         judged, outside = judge(trained.ada, data.val.texts), judge(trained.ada, data.outside)
-        tally.add(figures(judged, outside))
+        tally.add(figures(judged, outside), kind)
         threshold = trained.ada.policy.threshold
         tally.add(
             {
@@ -99,7 +100,8 @@ def clinc(bench: RouterBench) -> Measurements:
                 "clinc_oos_rejection": float((outside.inside_B < threshold).mean()),
                 "train_s": trained.train_s,
                 "parameters": trained.ada.num_parameters,
-            }
+            },
+            kind,
         )
         task.done()
     by_energy = _prefers_energy(bench)
@@ -118,8 +120,9 @@ def near(bench: RouterBench) -> Measurements:
         hidden = _one_intent_of_each_domain(data.train, seed)
         train = data.train.where(_has_intent_of(hidden, False))
         inside, outside = (data.val.where(_has_intent_of(hidden, found)).texts for found in (False, True))
-        ada = bench.train(*split_off_calibration(train, seed), seed).ada
-        tally.add({"clinc_near_auroc": auroc(judge(ada, inside).inside_B, judge(ada, outside).inside_B)})
+        for kind in bench.kinds:
+            ada = bench.train(*split_off_calibration(train, seed), seed, kind).ada
+            tally.add({"clinc_near_auroc": auroc(judge(ada, inside).inside_B, judge(ada, outside).inside_B)}, kind)
         linear, by_energy = Linear().fit(train.texts, train.domains), _prefers_energy(bench)
         scores = (judge_linear(linear, texts, by_energy).inside_B for texts in (inside, outside))
         tally.add({"clinc_near_auroc": auroc(*scores)}, BASELINE)
@@ -136,17 +139,17 @@ def fewshot(bench: RouterBench) -> Measurements:
     domains = sorted(set(data.train.domains))[: bench.effort.most_left_out]
     task = bench.task("fewshot", bench.effort.fewer_seeds * len(domains))
     for seed in range(bench.effort.fewer_seeds):
-        ours: list[tuple[float, float]] = []
-        theirs: list[tuple[float, float]] = []
+        pairs: dict[str, list[tuple[float, float]]] = {kind: [] for kind in (*bench.kinds, BASELINE)}
         for name in domains:
             known, new = (data.train.where(_is(name, found)) for found in (False, True))
             known_val, new_val = (data.val.where(_is(name, found)) for found in (False, True))
             examples = few_of_each_intent(new, EXAMPLES_PER_INTENT, seed)
-            ours.append(_grow_ada(bench, known, examples, known_val, new_val, seed))
-            theirs.append(_grow_centroids(known, examples, known_val, new_val))
+            for kind in bench.kinds:
+                pairs[kind].append(_grow_ada(bench, known, examples, known_val, new_val, seed, kind))
+            pairs[BASELINE].append(_grow_centroids(known, examples, known_val, new_val))
             task.done()
-        for prefix, pairs in (("", ours), (BASELINE, theirs)):
-            recalls, losses = zip(*pairs, strict=True)
+        for prefix, of_domains in pairs.items():
+            recalls, losses = zip(*of_domains, strict=True)
             tally.add({"fewshot5_recall": fmean(recalls), "fewshot5_old_loss": fmean(losses)}, prefix)
     return tally.measurements()
 
@@ -156,10 +159,10 @@ def accuracy_on(name: str) -> Callable[[RouterBench], Measurements]:
 
     def measure(bench: RouterBench) -> Measurements:
         data, tally = bench.data(name), Tally()
-        task = bench.task(name, bench.effort.fewer_seeds + 1)
-        for seed in range(bench.effort.fewer_seeds):
-            ada = bench.train(*split_off_calibration(data.train, seed), seed).ada
-            tally.add({f"{name}_accuracy": judge(ada, data.val.texts).accuracy(data.val.domains)})
+        task = bench.task(name, bench.effort.fewer_seeds * len(bench.kinds) + 1)
+        for seed, kind in product(range(bench.effort.fewer_seeds), bench.kinds):
+            ada = bench.train(*split_off_calibration(data.train, seed), seed, kind).ada
+            tally.add({f"{name}_accuracy": judge(ada, data.val.texts).accuracy(data.val.domains)}, kind)
             task.done()
         linear = Linear().fit(data.train.texts, data.train.domains)
         judged = judge_linear(linear, data.val.texts, by_energy=False)
@@ -171,10 +174,10 @@ def accuracy_on(name: str) -> Callable[[RouterBench], Measurements]:
 
 
 def _grow_ada(
-    bench: RouterBench, known: Texts, examples: Texts, known_val: Texts, new_val: Texts, seed: int
+    bench: RouterBench, known: Texts, examples: Texts, known_val: Texts, new_val: Texts, seed: int, kind: str
 ) -> tuple[float, float]:
     """Recall of the new domain, and the points of accuracy that the known ones lose by it."""
-    ada = bench.train(*split_off_calibration(known, seed), seed).ada
+    ada = bench.train(*split_off_calibration(known, seed), seed, kind).ada
     grown = ada.with_domain(examples.domains[0], examples.texts)
     before, after = (judge(router, known_val.texts).accuracy(known_val.domains) for router in (ada, grown))
     return judge(grown, new_val.texts).accuracy(new_val.domains), 100 * (before - after)

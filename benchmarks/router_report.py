@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.figures import Bar, Measurement, Measurements
-from benchmarks.router_bench import BASELINE
+from benchmarks.router_bench import BASELINE, PRETRAINED
 
 QUALITY = (
     "clinc_accuracy",
@@ -24,8 +24,11 @@ QUALITY = (
 )
 COST = ("p50_ms_10", "p50_ms_1000", "p50_ms_10000", "p99_ms_long", "train_s", "parameters")
 
-RESULT_NAMES = (*QUALITY, *(BASELINE + name for name in QUALITY), *COST)
-"""What RESULT holds. The table holds more: other scores, other shares, and how far the seeds lie apart."""
+PRETRAINED_NAMES = tuple(PRETRAINED + name for name in (*QUALITY, *COST))
+
+RESULT_NAMES = (*QUALITY, *(BASELINE + name for name in QUALITY), *COST, *PRETRAINED_NAMES)
+"""What RESULT holds, the last of it where there is a pretrained encoder. The table holds more: other scores, other
+shares, and how far the seeds lie apart."""
 
 _BARS = {
     "clinc_accuracy": Bar(0.983),
@@ -67,19 +70,18 @@ def terminal() -> Console:
 
 
 def print_table(figures: Measurements, set_bars: dict[str, Bar], title: str) -> None:
-    """Each figure over its repeats, the baseline's beside it, and its bar."""
+    """Each figure over its repeats, the baseline's beside it, its bar, and a row below with a pretrained encoder."""
     table = Table(title=title, title_justify="left")
     table.add_column("figure", no_wrap=True)
     for column in ("tiny ada", "least", "most", "of", "baseline", "least", "most", "bar", ""):
         table.add_column(column, justify="right", no_wrap=True)
-    names = dict.fromkeys(name.removeprefix(BASELINE) for name in figures)
+    names = dict.fromkeys(name.removeprefix(BASELINE).removeprefix(PRETRAINED) for name in figures)
     for name in names:
-        ours, bar = figures.get(name), set_bars.get(name)
-        verdict = ("", "")
-        if ours is not None and bar is not None:
-            verdict = (str(bar), "[green]yes[/]" if ours.reaches(bar) else "[red]no[/]")
-        number = "" if ours is None else str(len(ours.repeats))
-        table.add_row(name, *_cells(ours), number, *_cells(figures.get(BASELINE + name)), *verdict)
+        ours, bar, pretrained = figures.get(name), set_bars.get(name), figures.get(PRETRAINED + name)
+        table.add_row(name, *_cells(ours), _number(ours), *_cells(figures.get(BASELINE + name)), *_verdict(ours, bar))
+        if pretrained is not None:
+            cells = (*_cells(pretrained), _number(pretrained), *_cells(None), *_verdict(pretrained, bar))
+            table.add_row("  pretrained encoder", *cells)
     terminal().print(table)
 
 
@@ -92,6 +94,16 @@ def write_json(path: Path, figures: Measurements, about: dict[str, object]) -> N
     """Every repeat of every figure, and what it was measured with."""
     values = {name: {"value": m.value, "repeats": list(m.repeats)} for name, m in figures.items()}
     path.write_text(json.dumps({**about, "figures": values}, indent=2))
+
+
+def _number(measurement: Measurement | None) -> str:
+    return "" if measurement is None else str(len(measurement.repeats))
+
+
+def _verdict(measurement: Measurement | None, bar: Bar | None) -> tuple[str, str]:
+    if measurement is None or bar is None:
+        return "", ""
+    return str(bar), "[green]yes[/]" if measurement.reaches(bar) else "[red]no[/]"
 
 
 def _cells(measurement: Measurement | None) -> tuple[str, str, str]:

@@ -78,6 +78,9 @@ class RouterSettings(_Settings):
     """Share of the prompts of a step that lose their keywords, and then teach none."""
     outlier_dropout: float = Field(default=0.2, ge=0, le=1)
     """Other words of such a prompt are hidden with a rate drawn anew for each between this and 1."""
+    sentence_encoder: str | None = None
+    """Folder of a pretrained sentence encoder in Hugging Face's format, or an installed package that carries one, to
+    stand beside the n-grams; none by default. For bases of half a billion parameters and more."""
     target_false_rejection: float = Field(default=0.01, gt=0, lt=1)
     """Share of a domain's prompts, in validation data, that the threshold may turn away as none."""
     seed: int = Field(default=0, ge=0, lt=2**63)

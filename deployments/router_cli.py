@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.config import StageSettings
 from deployments.command_line import STARTER, console, errors_told, root_and_data, root_of, run_stage, stage_settings
 
 app = typer.Typer(no_args_is_help=True, help="Tiny ada, the router, alone.")
@@ -17,10 +18,15 @@ def train(
     recipe: Annotated[str, typer.Option(help="starter or open-domains.")] = STARTER,
     data: Annotated[str | None, typer.Option(help="Folder of Parquet files; the starter makes its own.")] = None,
     root: Annotated[str | None, typer.Option(help="Where the adapters are; by default artifacts/RECIPE.")] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="A pretrained sentence encoder beside the n-grams: a folder, or a package that carries one."),
+    ] = None,
 ) -> None:
     """Train the router anew and publish it: stage 3 of `zephyra train`."""
     with errors_told():
-        run_stage("router", stage_settings(recipe, data, root))
+        settings = stage_settings(recipe, data, root)
+        run_stage("router", settings if encoder is None else _with_encoder(settings, encoder))
 
 
 @app.command()
@@ -70,6 +76,13 @@ def explain(
         print_explanation(explanation, console, top)
         if out is not None:
             _write_json(asdict(explanation), Path(out).resolve())
+
+
+def _with_encoder(settings: StageSettings, name: str) -> StageSettings:
+    """The settings with this sentence encoder, a folder below where the command was given."""
+    found = str(Path(name).resolve()) if Path(name).is_dir() else name
+    router = settings.recipe.router.model_copy(update={"sentence_encoder": found})
+    return settings.model_copy(update={"recipe": settings.recipe.model_copy(update={"router": router})})
 
 
 def _write_json(content: dict[str, object], file: Path) -> None:

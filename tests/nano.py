@@ -75,14 +75,14 @@ def publish_adapter(root: Path, domain: str, seed: int, base_fingerprint: str | 
     return AdapterRef(domain, version)
 
 
-def publish_router(root: Path) -> TinyAda:
+def publish_router(root: Path, sentence_encoder: str | None = None) -> TinyAda:
     """Train a router on a handful of sentences for a second, publish it, and return it.
 
     It never says none: what it decides would otherwise depend on how well a second teaches that.
     """
     texts = [text for lines in _SENTENCES.values() for text in lines]
     domains = [domain for domain, lines in _SENTENCES.items() for _ in lines]
-    settings = RouterSettings(steps=40, batch_size=16)
+    settings = RouterSettings(steps=40, batch_size=16, sentence_encoder=sentence_encoder)
     fit = RouterFit(texts, domains, texts, domains, settings, nano_base(root).num_parameters)
     for _ in range(fit.num_steps):
         fit.step()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cluster.router.features import NUM_KINDS, PAIR, FeatureBatch
+from cluster.router.features import NUM_KINDS, PAIR, FeatureBatch, TextFeatures, extract
 from cluster.router.lexicon import SILENT, UNKNOWN, Lexicon
 
 NUM_EVIDENCE = NUM_KINDS + 2
@@ -50,6 +50,15 @@ class Encoder(nn.Module):
         self.register_buffer("novel_table", directions, persistent=False)
 
     novel_table: Tensor
+
+    @property
+    def width(self) -> int:
+        """Numbers of a text's vector."""
+        return self.table.embedding_dim
+
+    def read(self, texts: Sequence[str]) -> list[TextFeatures]:
+        """What the encoder reads of each text."""
+        return [extract(text) for text in texts]
 
     def forward(self, batch: FeatureBatch, hidden_N: Tensor | None = None, silent_N: Tensor | None = None) -> Encoding:
         """Encode a batch. Features marked in `hidden_N` (bool) are taken for never seen; those marked in `silent_N` for

@@ -1,8 +1,9 @@
 """Why a prompt was routed as it was: the nearest prototypes, and what each of its words and pairs of words did.
 
-The effect of a word is measured, not estimated: the text's features are scored once more without it. Features are
-hashed, so what they were is taken from the text again. Knows nothing of adapters or versions. Letters: N features,
-U units, C domains + 1, V width of a prototype, P prototypes of all domains.
+The effect of a word is measured, not estimated: the text's features are scored once more without it, and a sentence
+encoder, where there is one, reads the text without it. Features are hashed, so what they were is taken from the text
+again. Knows nothing of adapters or versions. Letters: N features, U units, C domains + 1, V width of a prototype, P
+prototypes of all domains, B texts, S width of a sentence's vector.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from cluster.errors import InvalidInput, UnknownDomain
 from cluster.messages import NONE_DOMAIN, RoutingDecision
-from cluster.router.features import CHARACTERS, PAIR, TOKEN, TextFeatures, collate, extract, normalise
+from cluster.router.features import CHARACTERS, PAIR, TOKEN, TextFeatures, collate, normalise, window
 from cluster.router.head import keys
+from cluster.router.sentence_encoder import SentenceEncoder
 from cluster.router.tiny_ada import TinyAda
 
 NUM_NEAREST = 5
@@ -85,16 +87,15 @@ def explain(ada: TinyAda, text: str, against: str = NONE_DOMAIN) -> Explanation:
     if against not in (*ada.domains, NONE_DOMAIN):
         raise UnknownDomain(f"The router knows no domain {against!r}; it knows {', '.join(ada.domains)}.")
     (decision,) = ada.route([text])
-    features = extract(text)
+    (features,) = ada.encoder.read([text])
     parts = list(_parts(text, features))
-    whole = np.zeros(len(features.slots_N), dtype=bool)
-    logits_UC = _logits_without(ada, features, [whole, *(left_out for _, _, left_out in parts)])
+    logits_UC = _logits(ada, [features, *_without_each(ada, text, features, parts)])
     best = int(logits_UC[0, :-1].argmax())
     if ada.domains[best] == against:
         raise InvalidInput(f"{against!r} is the best domain itself; compare it with another, or with {NONE_DOMAIN}.")
     other = len(ada.domains) if against == NONE_DOMAIN else ada.domains.index(against)
     margins = (logits_UC[:, best] - logits_UC[:, other]).tolist()
-    effects = [Effect(kind, name, margins[0] - m) for (kind, name, _), m in zip(parts, margins[1:], strict=True)]
+    effects = [Effect(part.kind, part.text, margins[0] - m) for part, m in zip(parts, margins[1:], strict=True)]
     return Explanation(
         decision,
         ada.domains[best],
@@ -112,8 +113,18 @@ def words(text: str) -> list[str]:
     return TOKEN.findall(normalise(text))
 
 
-def _parts(text: str, features: TextFeatures) -> Iterator[tuple[Kind, str, NDArray[np.bool_]]]:
-    """Kind and text of every distinct part of the text, and which features [N] go with it."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    kind: Kind
+    text: str
+    features_N: NDArray[np.bool_]
+    """Those that go with it."""
+    words: tuple[int, ...] = ()
+    """Those that a sentence encoder no longer reads; letters and pairs are nothing to it."""
+
+
+def _parts(text: str, features: TextFeatures) -> Iterator[_Part]:
+    """Every distinct part of the text."""
     in_order = words(text)
     assert len(in_order) + 1 == features.num_words, "the words are those that were hashed"
     positions: dict[str, list[int]] = {}
@@ -125,28 +136,60 @@ def _parts(text: str, features: TextFeatures) -> Iterator[tuple[Kind, str, NDArr
         pairs.setdefault(" ".join(pair), []).append(second)
     is_pair_N = features.kinds_N == PAIR
     for word, at in positions.items():
-        yield "word", word, np.isin(features.words_N, at) | (is_pair_N & np.isin(features.words_N - 1, at))
-        yield "letters", word, (features.kinds_N == CHARACTERS) & np.isin(features.words_N, at)
+        with_pairs_N = np.isin(features.words_N, at) | (is_pair_N & np.isin(features.words_N - 1, at))
+        yield _Part("word", word, with_pairs_N, tuple(at))
+        yield _Part("letters", word, (features.kinds_N == CHARACTERS) & np.isin(features.words_N, at))
     for name, at in pairs.items():
-        yield "pair", name, is_pair_N & np.isin(features.words_N, at)
+        yield _Part("pair", name, is_pair_N & np.isin(features.words_N, at))
 
 
-def _logits_without(ada: TinyAda, features: TextFeatures, left_out: Sequence[NDArray[np.bool_]]) -> Tensor:
-    """[U, C]: the logits of the text without each of these sets of features.
+def _without_each(ada: TinyAda, text: str, features: TextFeatures, parts: Sequence[_Part]) -> list[TextFeatures]:
+    """The text without each of these parts.
 
     Left out, not marked as never seen: of a domain added from examples it is words never seen that decide.
     """
-    per_batch = max(1, _MAX_BATCH_FEATURES // max(1, len(features.slots_N)))
-    logits = []
-    for start in range(0, len(left_out), per_batch):
-        texts = [
-            TextFeatures(
-                features.slots_N[~out_N], features.kinds_N[~out_N], features.words_N[~out_N], features.num_words
-            )
-            for out_N in left_out[start : start + per_batch]
-        ]
-        logits.append(ada.head(ada.encoder(collate(texts))))
-    return torch.cat(logits)
+    sentences = _sentences_without_each(ada, text, parts)
+    return [
+        TextFeatures(
+            features.slots_N[~part.features_N],
+            features.kinds_N[~part.features_N],
+            features.words_N[~part.features_N],
+            features.num_words,
+            sentences.get(part.words, features.sentence_S),
+        )
+        for part in parts
+    ]
+
+
+def _sentences_without_each(
+    ada: TinyAda, text: str, parts: Sequence[_Part]
+) -> dict[tuple[int, ...], NDArray[np.float32]]:
+    """By the words that are left out, what a sentence encoder makes of the others; nothing where there is none."""
+    if not isinstance(ada.encoder, SentenceEncoder):
+        return {}
+    left_out = [part.words for part in parts if part.words]
+    vectors_BS = ada.encoder.sentences.embed([_without_words(text, at) for at in left_out]).numpy()
+    return dict(zip(left_out, vectors_BS, strict=True))
+
+
+def _without_words(text: str, left_out: Sequence[int]) -> str:
+    """What is read of the text, without these words, of which the first is 0."""
+    written, normal = window(text), normalise(text)
+    spans = [match.span() for match in TOKEN.finditer(normal)]
+    # The words are found in the normal form, which for nearly all texts is as long as what was written.
+    source = written if len(written) == len(normal) else normal
+    pieces, end = [], 0
+    for word in left_out:
+        pieces.append(source[end : spans[word][0]])
+        end = spans[word][1]
+    return "".join((*pieces, source[end:]))
+
+
+def _logits(ada: TinyAda, texts: Sequence[TextFeatures]) -> Tensor:
+    """[U, C], of texts none of which is longer than the first."""
+    per_batch = max(1, _MAX_BATCH_FEATURES // max(1, len(texts[0].slots_N)))
+    batches = [collate(texts[start : start + per_batch]) for start in range(0, len(texts), per_batch)]
+    return torch.cat([ada.head(ada.encoder(batch)) for batch in batches])
 
 
 def _nearest(ada: TinyAda, text: str) -> tuple[NearPrototype, ...]:

@@ -1,7 +1,7 @@
 """Text -> hashed features: words, pairs of neighbouring words, and runs of 3 to 5 characters inside each word.
 
 Knows nothing of domains or of what was seen in training. Any string is accepted and costs bounded time: only the
-first and last characters of a long text are read. Letters: N features, B texts.
+first and last characters of a long text are read. Letters: N features, B texts, S width of a sentence's vector.
 """
 
 import functools
@@ -43,6 +43,8 @@ class TextFeatures:
     words_N: NDArray[np.int64]
     """Which word of the text a feature belongs to (a pair to its second), so that a word can be dropped whole."""
     num_words: int
+    sentence_S: NDArray[np.float32] | None = None
+    """What a pretrained sentence encoder makes of the text, where the router has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,15 @@ class FeatureBatch:
     """Which word of the whole batch a feature belongs to."""
     num_texts: int
     num_words: int
+    sentences_BS: Tensor | None = None
+    """A row per text, where all of them come with one."""
+
+
+def window(text: str) -> str:
+    """What is read of `text`."""
+    if len(text) <= HEAD_CHARACTERS + TAIL_CHARACTERS:
+        return text
+    return f"{text[:HEAD_CHARACTERS]} {text[-TAIL_CHARACTERS:]}"
 
 
 def normalise(text: str) -> str:
@@ -64,8 +75,7 @@ def normalise(text: str) -> str:
 
     That a number has four digits says something of the domain; which four does not.
     """
-    if len(text) > HEAD_CHARACTERS + TAIL_CHARACTERS:
-        text = f"{text[:HEAD_CHARACTERS]} {text[-TAIL_CHARACTERS:]}"
+    text = window(text)
     if not text.isascii():
         # One character can become eighteen.
         text = unicodedata.normalize("NFKC", text)[: 2 * (HEAD_CHARACTERS + TAIL_CHARACTERS)]
@@ -120,6 +130,8 @@ def collate(texts: Sequence[TextFeatures]) -> FeatureBatch:
     def joined(arrays: list[NDArray[np.int64]]) -> NDArray[np.int64]:
         return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
 
+    sentences = [text.sentence_S for text in texts if text.sentence_S is not None]
+
     return FeatureBatch(
         torch.from_numpy(joined([text.slots_N for text in texts])),
         torch.from_numpy(joined([text.kinds_N for text in texts])),
@@ -127,4 +139,5 @@ def collate(texts: Sequence[TextFeatures]) -> FeatureBatch:
         torch.from_numpy(joined([text.words_N for text in texts]) + first_word),
         len(texts),
         int(num_words.sum()),
+        torch.from_numpy(np.stack(sentences)) if texts and len(sentences) == len(texts) else None,
     )

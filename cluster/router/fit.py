@@ -20,10 +20,12 @@ from cluster.errors import InvalidData
 from cluster.messages import NONE_DOMAIN, check_domain_name
 from cluster.router.encoder import NOVEL_WIDTH, Encoder, Encoding, join
 from cluster.router.episodes import draw_episode
-from cluster.router.features import NUM_SLOTS, TextFeatures, collate, extract
+from cluster.router.features import NUM_SLOTS, TextFeatures, collate
 from cluster.router.head import Head, domain_logits
 from cluster.router.lexicon import count
 from cluster.router.policy import Policy
+from cluster.router.sentence_encoder import SentenceEncoder, read
+from cluster.router.sentence_model import SentenceModel, find_sentence_model
 from cluster.router.tiny_ada import TinyAda
 from cluster.router.topics import Topics
 
@@ -32,6 +34,9 @@ PARAMETER_FLOOR = 262_144
 
 SHARE_OF_BASE = 0.04
 """Parameters of the router beside the base's, above the floor: a base of 10M and more gets 1 to 5 %."""
+
+MOST_SHARE_OF_BASE = 0.05
+"""With a pretrained sentence encoder, which is nearly all of that for a base of half a billion."""
 
 _ENCODE_BATCH = 256
 _CHECKPOINT = "router_fit.safetensors"
@@ -55,25 +60,30 @@ class RouterFit:
         settings: RouterSettings,
         num_base_parameters: int,
         topics: Sequence[str] | None = None,
+        sentences: SentenceModel | None = None,
     ) -> None:
         """`domains` names the domain of each text; "none" marks texts of no domain, which may be absent.
 
         `topics`, if known, names the kind of each text within its domain, such as one intent of many: each kind then
-        has a prototype of its own, and is told from all others. Validation texts calibrate and teach nothing. Raises
-        `InvalidData` for lengths that differ, no domain at all, or a domain that is validated but not trained;
-        `InvalidInput` for an impossible name.
+        has a prototype of its own, and is told from all others. `sentences`, if loaded already, is the model that the
+        settings name. Validation texts calibrate and teach nothing. Raises `InvalidData` for lengths that differ, no
+        domain at all, or a domain that is validated but not trained; `InvalidInput` for an impossible name or a model
+        that is not there, `CorruptArtifact` for one that cannot be read.
         """
         self.domains = tuple(sorted({check_domain_name(name) for name in domains if name != NONE_DOMAIN}))
         if not self.domains:
             raise InvalidData("The router has no domain to learn; give texts of at least one.")
         self.settings = settings
+        self._sentences = sentences
+        if sentences is None and settings.sentence_encoder is not None:
+            self._sentences = SentenceModel.load(find_sentence_model(settings.sentence_encoder))
         self.num_steps = settings.steps
         self._train = self._labelled("training", texts, domains)
         self._topics = Topics(self._train.labels_B, topics, len(self.domains), settings.prototypes_per_domain)
         self._val = self._labelled("validation", val_texts, val_domains)
         if not bool((self._val.labels_B < len(self.domains)).any()):
             raise InvalidData("There is no validation text of any domain; the router needs some to calibrate.")
-        self._build(max(PARAMETER_FLOOR, int(SHARE_OF_BASE * num_base_parameters)))
+        self._build(self._num_trained(num_base_parameters))
         self._num_done = 0
         self._rng = torch.Generator().manual_seed(settings.seed)
 
@@ -84,7 +94,14 @@ class RouterFit:
         strange = sorted(set(domains) - set(numbers))
         if strange:
             raise InvalidData(f"The {what} texts name {strange[0]!r}, which no training text does; add some to both.")
-        return _Labelled([extract(text) for text in texts], torch.tensor([numbers[name] for name in domains]))
+        return _Labelled(read(texts, self._sentences), torch.tensor([numbers[name] for name in domains]))
+
+    def _num_trained(self, num_base_parameters: int) -> int:
+        """How many parameters may be trained, beside the pretrained ones."""
+        if self._sentences is None:
+            return max(PARAMETER_FLOOR, int(SHARE_OF_BASE * num_base_parameters))
+        left = int(MOST_SHARE_OF_BASE * num_base_parameters) - self._sentences.num_parameters
+        return max(PARAMETER_FLOOR, left)
 
     def _build(self, num_parameters: int) -> None:
         """Make everything trained, of at most `num_parameters`, from the seed."""
@@ -94,9 +111,13 @@ class RouterFit:
             torch.manual_seed(self.settings.seed)
             self.head = Head(num_domains, self._topics.most_rows, width)
             layers = sum(p.numel() for p in self.head.parameters()) + 4 * width * width + 3 * width
+            layers += 0 if self._sentences is None else self._sentences.width * width
             num_rows = min((num_parameters - layers) // width, NUM_SLOTS)
             self._counted = count(self._train.features, labels, num_domains + 1, num_rows)
-            self.encoder = Encoder(self._counted.lexicon, num_rows, width)
+            ngrams = Encoder(self._counted.lexicon, num_rows, width)
+            self.encoder: Encoder | SentenceEncoder = ngrams
+            if self._sentences is not None:
+                self.encoder = SentenceEncoder(ngrams, self._sentences)
             proxies_DPW = torch.randn(num_domains, self._topics.most_rows, width)
         self.proxies_DPW = nn.Parameter(nn.functional.normalize(proxies_DPW, dim=-1))
         self._trained = [*self.encoder.parameters(), *self.head.parameters(), self.proxies_DPW]

@@ -21,13 +21,15 @@ from cluster.messages import NONE_DOMAIN, RoutingDecision, check_domain_name
 from cluster.router.calibration import fit_temperature, fit_threshold
 from cluster.router.conversation import Turn, settle
 from cluster.router.encoder import Encoder, Encoding, join
-from cluster.router.features import collate, extract
+from cluster.router.features import collate
 from cluster.router.head import Head, domain_logits, keys
 from cluster.router.lexicon import Lexicon
 from cluster.router.policy import Policy, probabilities
 from cluster.router.prototypes import cluster_prototypes, recentre
+from cluster.router.sentence_encoder import SentenceEncoder
+from cluster.router.sentence_model import SentenceModel, checksum
 
-_CONFIG, _TENSORS = "router.json", "router.safetensors"
+_CONFIG, _TENSORS, _SENTENCES = "router.json", "router.safetensors", "sentence_encoder"
 _ENCODE_BATCH = 256
 _FOLDS = 5
 _EXAMPLES_TO_PASS = 0.8
@@ -39,7 +41,9 @@ class TinyAda(nn.Module):
     of them (`copy.deepcopy`) before training it.
     """
 
-    def __init__(self, domains: tuple[str, ...], encoder: Encoder, head: Head, policy: Policy) -> None:
+    def __init__(
+        self, domains: tuple[str, ...], encoder: Encoder | SentenceEncoder, head: Head, policy: Policy
+    ) -> None:
         """`domains`, sorted, name the rows of `head`."""
         super().__init__()
         assert list(domains) == sorted(set(domains)), "domains must be sorted and all different"
@@ -52,15 +56,17 @@ class TinyAda(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Everything trained by gradient: the encoder's table and layers and the none network.
+        """Everything trained by gradient, here or by others: the encoder's table and layers, the none network, and a
+        pretrained sentence encoder.
 
         Prototypes are not counted (they are rows of data, made from examples), nor the lexicon's indices.
         """
-        return sum(parameter.numel() for parameter in self.parameters())
+        num_pretrained = self.encoder.sentences.num_parameters if isinstance(self.encoder, SentenceEncoder) else 0
+        return sum(parameter.numel() for parameter in self.parameters()) + num_pretrained
 
     def encode(self, texts: Sequence[str]) -> Encoding:
         """What the head reads of `texts`; differentiable."""
-        encoding: Encoding = self.encoder(collate([extract(text) for text in texts]))
+        encoding: Encoding = self.encoder(collate(self.encoder.read(texts)))
         return encoding
 
     def logits(self, texts: Sequence[str]) -> Tensor:
@@ -177,11 +183,19 @@ class TinyAda(nn.Module):
         self.policy = Policy(fit_threshold(raw_BC / self.head.temperature, labels_B, target_false_rejection))
 
     def save(self, folder: Path) -> None:
-        """Write the router into `folder`, which exists, as one JSON and one safetensors file."""
+        """Write the router into `folder`, which exists, as one JSON and one safetensors file, and a pretrained sentence
+        encoder, whole, as a folder beside them.
+        """
+        sentence_checksum, ngrams = None, self.encoder
+        if isinstance(ngrams, SentenceEncoder):
+            (folder / _SENTENCES).mkdir()
+            ngrams.sentences.save(folder / _SENTENCES)
+            sentence_checksum, ngrams = checksum(folder / _SENTENCES), ngrams.ngrams
         saved = _Saved(
             domains=self.domains,
-            num_table_rows=self.encoder.table.num_embeddings,
-            width=self.encoder.table.embedding_dim,
+            num_table_rows=ngrams.table.num_embeddings,
+            width=ngrams.width,
+            sentence_checksum=sentence_checksum,
             threshold=self.policy.threshold,
             data_free=tuple(sorted(self.data_free)),
         )
@@ -195,11 +209,15 @@ class TinyAda(nn.Module):
         try:
             saved = _Saved.model_validate_json((folder / _CONFIG).read_text())
             tensors = safetensors.torch.load_file(folder / _TENSORS)
-            lexicon = Lexicon(tensors["encoder.lexicon.row_slots"], tensors["encoder.lexicon.known_bits"])
+            at = "encoder" if saved.sentence_checksum is None else "encoder.ngrams"
+            lexicon = Lexicon(tensors[f"{at}.lexicon.row_slots"], tensors[f"{at}.lexicon.known_bits"])
             num_domains, num_rows, _ = tensors["head.prototypes_DPV"].shape
             if num_domains != len(saved.domains):
                 raise CorruptArtifact(f"The router names {len(saved.domains)} domains and has rows for {num_domains}.")
-            encoder = Encoder(lexicon, saved.num_table_rows, saved.width)
+            ngrams = Encoder(lexicon, saved.num_table_rows, saved.width)
+            encoder: Encoder | SentenceEncoder = ngrams
+            if saved.sentence_checksum is not None:
+                encoder = SentenceEncoder(ngrams, _load_sentences(folder / _SENTENCES, saved.sentence_checksum))
             ada = cls(saved.domains, encoder, Head(num_domains, num_rows, saved.width), Policy(saved.threshold))
             ada.load_state_dict(tensors)
             ada.data_free = frozenset(saved.data_free)
@@ -252,7 +270,7 @@ class TinyAda(nn.Module):
 
     def _recentre(self, index: int, keys_NV: Tensor) -> None:
         rows_PV = self.head.prototypes_DPV[index, : self.head.num_prototypes_D[index]]
-        width = self.encoder.table.embedding_dim
+        width = self.encoder.width
         if not bool(rows_PV[:, width:].any()):
             # Trained, not added from examples: what is novel in a prompt says nothing for such a domain.
             keys_NV = torch.cat((keys_NV[:, :width], torch.zeros_like(keys_NV[:, width:])), dim=1)
@@ -270,6 +288,14 @@ class _Saved(BaseModel):
     width: int = Field(ge=1, le=2**16)
     threshold: float = Field(allow_inf_nan=False)
     data_free: tuple[str, ...] = ()
+    sentence_checksum: str | None = None
+    """Of the pretrained sentence encoder beside, if there is one."""
+
+
+def _load_sentences(folder: Path, expected_checksum: str) -> SentenceModel:
+    if checksum(folder) != expected_checksum:
+        raise CorruptArtifact("The router's sentence encoder is not the one it was trained with; train it again.")
+    return SentenceModel.load(folder)
 
 
 def _own_logit(raw_BC: Tensor, labels_B: Tensor) -> Tensor:

@@ -21,12 +21,14 @@ from benchmarks.router_data import SOURCES, Texts, domain_name, few_of_each_inte
 from benchmarks.router_latency import Prompts, among_random_domains
 from benchmarks.router_metrics import auroc, calibration_error, false_positive_rate, log_softmax, log_sum_exp
 from benchmarks.router_quality import judge, judge_linear
-from benchmarks.router_report import RESULT_NAMES, bars, for_result
+from benchmarks.router_report import PRETRAINED_NAMES, RESULT_NAMES, bars, for_result
+from benchmarks.router_sentences import RememberingModel
 from cluster.config import RouterSettings
 from cluster.errors import InvalidData, InvalidInput
 from cluster.router.encoder import NOVEL_WIDTH
 from cluster.router.tiny_ada import TinyAda
 from tests.router.prompts import DOMAINS, STRANGE, prompts
+from tests.router.small_bert import small_bert, write_small_bert
 
 NUM_INTENTS = 3
 
@@ -255,24 +257,46 @@ def test_prompts_are_new_and_as_long_as_asked() -> None:
     assert {len(prompt.split()) for prompt in made} == {20}
 
 
-def test_the_quick_run_gives_every_figure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("is_pretrained", [False, True])
+def test_the_quick_run_gives_every_figure(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str], is_pretrained: bool
+) -> None:
     kept = folder / "all.json"
-    main(["--quick", "--data", str(folder), "--json", str(kept)])
+    encoder = write_small_bert(tmp_path_factory.mktemp("small-bert")) if is_pretrained else "none"
+    main(["--quick", "--data", str(folder), "--json", str(kept), "--pretrained", str(encoder)])
     captured = capsys.readouterr()
     last = captured.out.splitlines()[-1]
     assert last.startswith("RESULT ")
     result = json.loads(last.removeprefix("RESULT "))
-    assert tuple(result) == RESULT_NAMES
+    expected = tuple(name for name in RESULT_NAMES if is_pretrained or name not in PRETRAINED_NAMES)
+    assert tuple(result) == expected
+    assert ("pretrained encoder" in captured.out) == is_pretrained
     assert all(math.isfinite(number) for number in result.values())
     figures = json.loads(kept.read_text())["figures"]
-    assert set(RESULT_NAMES) <= figures.keys()
+    assert set(expected) <= figures.keys()
     assert {"clinc_near_auroc", "clinc_false_rejection", "clinc_oos_auroc_by_probability"} <= figures.keys()
 
 
-def test_the_curve_has_a_row_for_every_size(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--quick", "--data", str(folder), "--curve", str(folder / "curve.png")])
+def test_the_curve_has_a_row_for_every_size_and_one_for_the_pretrained(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = write_small_bert(tmp_path_factory.mktemp("small-bert"))
+    main(["--quick", "--data", str(folder), "--curve", str(folder / "curve.png"), "--pretrained", str(encoder)])
     out = capsys.readouterr().out
-    assert all(size in out for size in ("6.5M", "25M"))
+    assert all(size in out for size in ("6.5M", "25M", "500M, pretrained encoder"))
+
+
+def test_a_text_is_read_once_and_what_it_took_counts_every_time(tmp_path: Path) -> None:
+    plain = small_bert(tmp_path)
+    remembering = RememberingModel(plain)
+    texts = ["Will it rain?", "Fry a lamp.", "Will it rain?"]
+    first = remembering.embed(texts)
+    assert torch.allclose(first, plain.embed(texts), atol=1e-6)
+    saved_s = remembering.saved_s
+    assert torch.equal(remembering.embed(texts[::-1]), first.flip(0))
+    assert remembering.saved_s > saved_s
+    assert remembering.forgetful() is plain
+    assert remembering.num_parameters == plain.num_parameters
 
 
 @pytest.mark.parametrize(
@@ -283,6 +307,7 @@ def test_the_curve_has_a_row_for_every_size(folder: Path, capsys: pytest.Capture
         (["--seeds", "0"], "--seeds is 0"),
         (["--base-parameters", "-1"], "--base-parameters is -1"),
         (["--json", "nowhere/all.json"], "whose folder does not exist"),
+        (["--pretrained", "nowhere"], "no installed package 'nowhere'"),
     ],
 )
 def test_errors_of_the_user_are_one_sentence(

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import shutil
 
 import pytest
 
@@ -9,6 +10,7 @@ from cluster.lora.catalog import Catalog, Change
 from cluster.messages import RoutingDecision
 from deployments.router import Router
 from tests.nano import publish_router
+from tests.router.small_bert import write_small_bert
 
 pytestmark = pytest.mark.anyio
 
@@ -39,6 +41,16 @@ async def test_it_decides_as_tiny_ada_and_takes_a_new_one_as_it_is_published(own
     await until_weights(router, PROMPTS[0], expected[0].weights)
     assert contents(await router.route(PROMPTS)) == contents(expected)
     assert contents(await Router(str(own_root)).route(PROMPTS)) == contents(expected)
+
+
+async def test_a_router_with_a_pretrained_encoder_is_served_without_where_it_came_from(own_root, tmp_path):
+    folder = tmp_path / "small-bert"
+    folder.mkdir()
+    ada = publish_router(own_root, str(write_small_bert(folder)))
+    shutil.rmtree(folder)
+    router = Router(str(own_root))
+    assert contents(await router.route(PROMPTS)) == contents(ada.route(PROMPTS))
+    assert (await router.route_conversation(PROMPTS)).weights == ada.route_conversation(PROMPTS).weights
 
 
 async def test_a_damaged_router_is_not_taken(own_root, caplog):

@@ -17,8 +17,11 @@ from cluster.config import (
 )
 from cluster.errors import InvalidData, StageOrder
 from cluster.lora.catalog import Catalog
+from cluster.router.sentence_encoder import SentenceEncoder
+from cluster.router.tiny_ada import TinyAda
 from cluster.training import STAGES
 from cluster.training.starter.generate import generate_starter
+from tests.router.small_bert import write_small_bert
 
 RECIPE = Recipe(
     base=BaseSettings(size="nano", num_steps=6, tokens_per_batch=256),
@@ -106,6 +109,25 @@ def test_all_stages_publish_in_order_and_a_resumed_run_equals_the_unbroken_one(t
     state = Catalog(unbroken).load()
     assert (state.base, state.router, len(state.adapters)) == (1, 2, 8)
     assert set(state.adapters.values()) == {2}
+
+
+def test_stages_take_a_pretrained_encoder_and_leave_it_as_it_is(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "small-bert").mkdir()
+    bert = write_small_bert(tmp_path / "small-bert")
+    router = RECIPE.router.model_copy(update={"sentence_encoder": str(bert)})
+    recipe = RECIPE.model_copy(update={"router": router})
+    for name, stage in STAGES.items():
+        stage(settings(tmp_path / "root", data, recipe), FolderRun(tmp_path / name))
+    versions = [tmp_path / "root" / "router" / str(number) for number in (1, 2)]
+    first, second = (TinyAda.load(version) for version in versions)
+    assert isinstance(first.encoder, SentenceEncoder)
+    assert isinstance(second.encoder, SentenceEncoder)
+    assert not torch.equal(first.encoder.projection.weight, second.encoder.projection.weight), "trained jointly"
+    given = load_file(bert / "model.safetensors")
+    for version in versions:
+        kept = load_file(version / "sentence_encoder" / "model.safetensors")
+        assert given.keys() == kept.keys()
+        assert all(torch.equal(given[name], kept[name]) for name in given)
 
 
 def test_a_joint_stage_that_costs_a_domain_publishes_nothing(tmp_path: Path, data: Path) -> None:
