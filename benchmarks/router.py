@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks.figures import Measurements
 from benchmarks.report import result_line
-from benchmarks.router_bench import QUICK, Effort, RouterBench
+from benchmarks.router_bench import KINDS, QUICK, Effort, RouterBench
 from benchmarks.router_curve import measure_curve, plot_curve, print_curve
 from benchmarks.router_data import SOURCES, files_of
 from benchmarks.router_latency import latency
@@ -98,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         help="folder or package of a sentence encoder, for rows of their own; none leaves them out "
         f"({PACKAGE} where it is installed)",
     )
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="rows: tiny ada from scratch, taught by the sentence encoder, with it beside the n-grams (all)",
+    )
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
     parser.add_argument(
         "--curve",
@@ -120,7 +127,8 @@ def _run(options: argparse.Namespace, errors: Console) -> None:
             raise InvalidInput(f"--{name} is {file}, whose folder does not exist; make it first.")
     base_parameters = options.base_parameters or (QUICK_BASE_PARAMETERS if options.quick else 100_000_000)
     sentences = _sentences(options.pretrained)
-    bench = RouterBench(options.data.resolve(), _effort(options), base_parameters, errors, sentences)
+    kinds = [prefix for kind, prefix in KINDS.items() if kind in options.kinds]
+    bench = RouterBench(options.data.resolve(), _effort(options), base_parameters, errors, sentences, kinds)
     if options.curve is not None:
         _draw(bench, options.curve, errors)
         return

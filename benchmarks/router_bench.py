@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,14 @@ from cluster.router.tiny_ada import TinyAda
 BASELINE = "baseline_"
 """Before the name of a figure: the same of the linear router."""
 
+TAUGHT = "taught_"
+"""Before the name of a figure: the same of tiny ada taught by a pretrained sentence encoder, without it in routing."""
+
 PRETRAINED = "pretrained_"
 """Before the name of a figure: the same of tiny ada with a pretrained sentence encoder beside its n-grams."""
+
+KINDS = {"scratch": "", "taught": TAUGHT, "pretrained": PRETRAINED}
+"""Tiny ada by what a pretrained sentence encoder has to do with it, and what comes before the names of the figures."""
 
 PRETRAINED_BASE_PARAMETERS = 500_000_000
 """Of the smallest base that such a router is meant for."""
@@ -86,6 +92,7 @@ class RouterBench:
         num_base_parameters: int,
         console: Console,
         sentences: RememberingModel | None = None,
+        kinds: Sequence[str] = tuple(KINDS.values()),
     ) -> None:
         self.folder = folder
         """That all data sets lie below."""
@@ -94,8 +101,8 @@ class RouterBench:
         """Of the base that the router is to serve, which sets the router's size."""
         self.sentences = sentences
         """The pretrained encoder, where there is one."""
-        self.kinds = ("",) if sentences is None else ("", PRETRAINED)
-        """Of tiny ada, by what comes before the names of their figures."""
+        self.kinds = tuple(kind for kind in kinds if kind == "" or sentences is not None)
+        """Of tiny ada, of those in `KINDS`: without an encoder only the one that needs none."""
         self.prefers_energy: bool | None = None
         """Which score of the baseline tells texts outside better, once that was found out."""
         self._sets: dict[str, DataSet] = {}
@@ -125,10 +132,11 @@ class RouterBench:
         self, learned: Texts, calibration: Texts, seed: int, kind: str = "", num_base_parameters: int | None = None
     ) -> Trained:
         """Tiny ada of one of `kinds`; where the data names kinds of text within domains, it learns these too."""
-        settings = self.effort.settings.model_copy(update={"seed": seed})
+        sentences = None if kind == "" else self.sentences
+        teacher = "the one at hand" if kind == TAUGHT else None
+        settings = self.effort.settings.model_copy(update={"seed": seed, "teacher": teacher})
         size = num_base_parameters or self.num_base_parameters
-        sentences = self.sentences if kind == PRETRAINED else None
-        if sentences is not None:
+        if kind == PRETRAINED:
             size = max(size, PRETRAINED_BASE_PARAMETERS)
         saved_s = 0.0 if sentences is None else sentences.saved_s
         start_s = time.perf_counter()

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.figures import Bar, Measurement, Measurements
-from benchmarks.router_bench import BASELINE, PRETRAINED
+from benchmarks.router_bench import BASELINE, PRETRAINED, TAUGHT
 
 QUALITY = (
     "clinc_accuracy",
@@ -24,7 +24,9 @@ QUALITY = (
 )
 COST = ("p50_ms_10", "p50_ms_1000", "p50_ms_10000", "p99_ms_long", "train_s", "parameters")
 
-PRETRAINED_NAMES = tuple(PRETRAINED + name for name in (*QUALITY, *COST))
+_ROWS = {TAUGHT: "taught by an encoder", PRETRAINED: "pretrained encoder"}
+
+PRETRAINED_NAMES = tuple(kind + name for kind in _ROWS for name in (*QUALITY, *COST))
 
 RESULT_NAMES = (*QUALITY, *(BASELINE + name for name in QUALITY), *COST, *PRETRAINED_NAMES)
 """What RESULT holds, the last of it where there is a pretrained encoder. The table holds more: other scores, other
@@ -70,18 +72,18 @@ def terminal() -> Console:
 
 
 def print_table(figures: Measurements, set_bars: dict[str, Bar], title: str) -> None:
-    """Each figure over its repeats, the baseline's beside it, its bar, and a row below with a pretrained encoder."""
+    """Each figure over its repeats, the baseline's beside it, its bar, and rows below with a pretrained encoder."""
     table = Table(title=title, title_justify="left")
     table.add_column("figure", no_wrap=True)
     for column in ("tiny ada", "least", "most", "of", "baseline", "least", "most", "bar", ""):
         table.add_column(column, justify="right", no_wrap=True)
-    names = dict.fromkeys(name.removeprefix(BASELINE).removeprefix(PRETRAINED) for name in figures)
+    names = dict.fromkeys(_plain(name) for name in figures)
     for name in names:
-        ours, bar, pretrained = figures.get(name), set_bars.get(name), figures.get(PRETRAINED + name)
+        ours, bar = figures.get(name), set_bars.get(name)
         table.add_row(name, *_cells(ours), _number(ours), *_cells(figures.get(BASELINE + name)), *_verdict(ours, bar))
-        if pretrained is not None:
-            cells = (*_cells(pretrained), _number(pretrained), *_cells(None), *_verdict(pretrained, bar))
-            table.add_row("  pretrained encoder", *cells)
+        for kind, row in _ROWS.items():
+            if (helped := figures.get(kind + name)) is not None:
+                table.add_row(f"  {row}", *_cells(helped), _number(helped), *_cells(None), *_verdict(helped, bar))
     terminal().print(table)
 
 
@@ -94,6 +96,12 @@ def write_json(path: Path, figures: Measurements, about: dict[str, object]) -> N
     """Every repeat of every figure, and what it was measured with."""
     values = {name: {"value": m.value, "repeats": list(m.repeats)} for name, m in figures.items()}
     path.write_text(json.dumps({**about, "figures": values}, indent=2))
+
+
+def _plain(name: str) -> str:
+    for prefix in (BASELINE, *_ROWS):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _number(measurement: Measurement | None) -> str:

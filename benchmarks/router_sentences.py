@@ -29,6 +29,9 @@ class RememberingModel(SentenceModel):
     def num_parameters(self) -> int:
         return self._inner.num_parameters
 
+    def words(self) -> list[str]:
+        return self._inner.words()
+
     def embed(self, texts: Sequence[str]) -> Tensor:
         """As the model does; each text that is new is read once."""
         fresh = list(dict.fromkeys(text for text in texts if text not in self._known))

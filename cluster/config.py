@@ -81,6 +81,9 @@ class RouterSettings(_Settings):
     sentence_encoder: str | None = None
     """Folder of a pretrained sentence encoder in Hugging Face's format, or an installed package that carries one, to
     stand beside the n-grams; none by default. For bases of half a billion parameters and more."""
+    teacher: str | None = None
+    """The same, but read in training only: tiny ada learns from it where texts and words lie, and stays as fast as
+    without. For bases of any size."""
     target_false_rejection: float = Field(default=0.01, gt=0, lt=1)
     """Share of a domain's prompts, in validation data, that the threshold may turn away as none."""
     seed: int = Field(default=0, ge=0, lt=2**63)

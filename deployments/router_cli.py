@@ -1,6 +1,7 @@
 """`zephyra router ...`: train, measure and question tiny ada alone."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -22,11 +23,17 @@ def train(
         str | None,
         typer.Option(help="A pretrained sentence encoder beside the n-grams: a folder, or a package that carries one."),
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Such an encoder to learn from only, which takes no time in routing: a folder, or a package."
+        ),
+    ] = None,
 ) -> None:
     """Train the router anew and publish it: stage 3 of `zephyra train`."""
     with errors_told():
-        settings = stage_settings(recipe, data, root)
-        run_stage("router", settings if encoder is None else _with_encoder(settings, encoder))
+        models = {"sentence_encoder": encoder, "teacher": teacher}
+        run_stage("router", _with_models(stage_settings(recipe, data, root), models))
 
 
 @app.command()
@@ -78,10 +85,12 @@ def explain(
             _write_json(asdict(explanation), Path(out).resolve())
 
 
-def _with_encoder(settings: StageSettings, name: str) -> StageSettings:
-    """The settings with this sentence encoder, a folder below where the command was given."""
-    found = str(Path(name).resolve()) if Path(name).is_dir() else name
-    router = settings.recipe.router.model_copy(update={"sentence_encoder": found})
+def _with_models(settings: StageSettings, models: Mapping[str, str | None]) -> StageSettings:
+    """The settings with these pretrained encoders, each a package or a folder below where the command was given."""
+    found = {
+        what: name if not Path(name).is_dir() else str(Path(name).resolve()) for what, name in models.items() if name
+    }
+    router = settings.recipe.router.model_copy(update=found)
     return settings.model_copy(update={"recipe": settings.recipe.model_copy(update={"router": router})})
 
 

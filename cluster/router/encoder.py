@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cluster.router.features import NUM_KINDS, PAIR, FeatureBatch, TextFeatures, extract
 from cluster.router.lexicon import SILENT, UNKNOWN, Lexicon
+from cluster.router.word_vectors import WordVectors
 
 NUM_EVIDENCE = NUM_KINDS + 2
 
@@ -37,13 +38,17 @@ class Encoding:
 class Encoder(nn.Module):
     """A bag of feature vectors, then a feed-forward block beside the identity, then a unit vector."""
 
-    def __init__(self, lexicon: Lexicon, num_rows: int, width: int) -> None:
-        """`num_rows` may exceed the lexicon's rows when training saw fewer features; the rest stay unused."""
+    def __init__(self, lexicon: Lexicon, num_rows: int, width: int, words: WordVectors | None = None) -> None:
+        """`num_rows` may exceed the lexicon's rows when training saw fewer features; the rest stay unused.
+
+        `words`: what a teacher said of single words.
+        """
         super().__init__()
         self.lexicon = lexicon
         self.table = nn.Embedding(num_rows, width)
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width)
+        self.words = words
         nn.init.normal_(self.table.weight, std=_INITIAL_STD)
         # Fixed, not learned: a domain added from examples is recognised by words that training never saw.
         directions = torch.randn(_NOVEL_ROWS, NOVEL_WIDTH, generator=torch.Generator().manual_seed(_NOVEL_SEED))
@@ -60,9 +65,15 @@ class Encoder(nn.Module):
         """What the encoder reads of each text."""
         return [extract(text) for text in texts]
 
-    def forward(self, batch: FeatureBatch, hidden_N: Tensor | None = None, silent_N: Tensor | None = None) -> Encoding:
+    def forward(
+        self,
+        batch: FeatureBatch,
+        hidden_N: Tensor | None = None,
+        silent_N: Tensor | None = None,
+        muted_N: Tensor | None = None,
+    ) -> Encoding:
         """Encode a batch. Features marked in `hidden_N` (bool) are taken for never seen; those marked in `silent_N` for
-        known ones that have no row.
+        known ones that have no row; those marked in `muted_N` say nothing through `words` either.
         """
         rows_N = self.lexicon.rows[batch.slots_N].long()
         if silent_N is not None:
@@ -77,6 +88,8 @@ class Encoder(nn.Module):
         weights_N = all_C.float().rsqrt()[cells_N]
         kept_N = rows_N >= 0
         bag_BW = _bag(self.table.weight, rows_N, batch, kept_N, weights_N)
+        if self.words is not None:
+            bag_BW = bag_BW + self.words(batch, weights_N, muted_N)
         h_BW = bag_BW + self.down(nn.functional.gelu(self.up(bag_BW)))
         length_B1 = torch.linalg.vector_norm(bag_BW, dim=1, keepdim=True)
         all_BK = all_C.view(-1, NUM_KINDS)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.config import RouterSettings
-from cluster.errors import InvalidData
+from cluster.errors import InvalidData, InvalidInput
 from cluster.messages import NONE_DOMAIN, check_domain_name
 from cluster.router.encoder import NOVEL_WIDTH, Encoder, Encoding, join
 from cluster.router.episodes import draw_episode
@@ -26,8 +26,10 @@ from cluster.router.lexicon import count
 from cluster.router.policy import Policy
 from cluster.router.sentence_encoder import SentenceEncoder, read
 from cluster.router.sentence_model import SentenceModel, find_sentence_model
+from cluster.router.teaching import Teaching
 from cluster.router.tiny_ada import TinyAda
 from cluster.router.topics import Topics
+from cluster.router.word_vectors import WORD_WIDTH, WordVectors
 
 PARAMETER_FLOOR = 262_144
 """Parameters of the router for a base so small that its share would not suffice."""
@@ -37,6 +39,9 @@ SHARE_OF_BASE = 0.04
 
 MOST_SHARE_OF_BASE = 0.05
 """With a pretrained sentence encoder, which is nearly all of that for a base of half a billion."""
+
+_SHARE_OF_WORDS = 0.3
+"""Of the router's parameters, those that may be the numbers of words taken from a teacher."""
 
 _ENCODE_BATCH = 256
 _CHECKPOINT = "router_fit.safetensors"
@@ -67,34 +72,34 @@ class RouterFit:
         `topics`, if known, names the kind of each text within its domain, such as one intent of many: each kind then
         has a prototype of its own, and is told from all others. `sentences`, if loaded already, is the model that the
         settings name. Validation texts calibrate and teach nothing. Raises `InvalidData` for lengths that differ, no
-        domain at all, or a domain that is validated but not trained; `InvalidInput` for an impossible name or a model
-        that is not there, `CorruptArtifact` for one that cannot be read.
+        domain at all, or a domain that is validated but not trained; `InvalidInput` for an impossible name, two models
+        or one that is not there, `CorruptArtifact` for one that cannot be read.
         """
         self.domains = tuple(sorted({check_domain_name(name) for name in domains if name != NONE_DOMAIN}))
         if not self.domains:
             raise InvalidData("The router has no domain to learn; give texts of at least one.")
         self.settings = settings
-        self._sentences = sentences
-        if sentences is None and settings.sentence_encoder is not None:
-            self._sentences = SentenceModel.load(find_sentence_model(settings.sentence_encoder))
+        self._sentences, self._teacher = _models(settings, sentences)
         self.num_steps = settings.steps
-        self._train = self._labelled("training", texts, domains)
+        self._train = self._labelled("training", texts, domains, self._sentences or self._teacher)
         self._topics = Topics(self._train.labels_B, topics, len(self.domains), settings.prototypes_per_domain)
-        self._val = self._labelled("validation", val_texts, val_domains)
+        self._val = self._labelled("validation", val_texts, val_domains, self._sentences)
         if not bool((self._val.labels_B < len(self.domains)).any()):
             raise InvalidData("There is no validation text of any domain; the router needs some to calibrate.")
-        self._build(self._num_trained(num_base_parameters))
+        self._build(texts, self._num_trained(num_base_parameters))
         self._num_done = 0
         self._rng = torch.Generator().manual_seed(settings.seed)
 
-    def _labelled(self, what: str, texts: Sequence[str], domains: Sequence[str]) -> _Labelled:
+    def _labelled(
+        self, what: str, texts: Sequence[str], domains: Sequence[str], sentences: SentenceModel | None
+    ) -> _Labelled:
         if len(texts) != len(domains):
             raise InvalidData(f"There are {len(texts)} {what} texts and {len(domains)} domains; each text needs one.")
         numbers = {name: number for number, name in enumerate((*self.domains, NONE_DOMAIN))}
         strange = sorted(set(domains) - set(numbers))
         if strange:
             raise InvalidData(f"The {what} texts name {strange[0]!r}, which no training text does; add some to both.")
-        return _Labelled(read(texts, self._sentences), torch.tensor([numbers[name] for name in domains]))
+        return _Labelled(read(texts, sentences), torch.tensor([numbers[name] for name in domains]))
 
     def _num_trained(self, num_base_parameters: int) -> int:
         """How many parameters may be trained, beside the pretrained ones."""
@@ -103,7 +108,7 @@ class RouterFit:
         left = int(MOST_SHARE_OF_BASE * num_base_parameters) - self._sentences.num_parameters
         return max(PARAMETER_FLOOR, left)
 
-    def _build(self, num_parameters: int) -> None:
+    def _build(self, texts: Sequence[str], num_parameters: int) -> None:
         """Make everything trained, of at most `num_parameters`, from the seed."""
         width, num_domains = self.settings.width, len(self.domains)
         labels = self._train.labels_B.numpy()
@@ -112,15 +117,23 @@ class RouterFit:
             self.head = Head(num_domains, self._topics.most_rows, width)
             layers = sum(p.numel() for p in self.head.parameters()) + 4 * width * width + 3 * width
             layers += 0 if self._sentences is None else self._sentences.width * width
+            words, self._teaching = None, None
+            if self._teacher is not None:
+                most_words = int(_SHARE_OF_WORDS * num_parameters) // WORD_WIDTH
+                words = WordVectors.taken_from(self._teacher, texts, most_words, width)
+                layers += words.num_parameters
+                self._teaching = Teaching(self._train.features, width)
             num_rows = min((num_parameters - layers) // width, NUM_SLOTS)
             self._counted = count(self._train.features, labels, num_domains + 1, num_rows)
-            ngrams = Encoder(self._counted.lexicon, num_rows, width)
+            ngrams = Encoder(self._counted.lexicon, num_rows, width, words)
             self.encoder: Encoder | SentenceEncoder = ngrams
             if self._sentences is not None:
                 self.encoder = SentenceEncoder(ngrams, self._sentences)
             proxies_DPW = torch.randn(num_domains, self._topics.most_rows, width)
         self.proxies_DPW = nn.Parameter(nn.functional.normalize(proxies_DPW, dim=-1))
         self._trained = [*self.encoder.parameters(), *self.head.parameters(), self.proxies_DPW]
+        if self._teaching is not None:
+            self._trained += self._teaching.parameters()
         self._optimizer = torch.optim.Adam(self._trained, lr=self.settings.learning_rate)
         # Between drawing by rows, where a small domain drowns, and by domains, where it is learned by heart.
         sizes = np.bincount(labels, minlength=num_domains + 1)
@@ -140,7 +153,7 @@ class RouterFit:
         drawn_B = torch.multinomial(self._draw_weights_B, settings.batch_size, replacement=True, generator=self._rng)
         batch = collate([self._train.features[index] for index in drawn_B.tolist()])
         episode = draw_episode(batch, self._train.labels_B[drawn_B], self._counted, num_domains, settings, self._rng)
-        encoding = self.encoder(batch, episode.hidden_N, episode.silent_N)
+        encoding = self.encoder(batch, episode.hidden_N, episode.silent_N, episode.muted_N)
         prototypes_DPW = nn.functional.normalize(self.proxies_DPW, dim=-1)
         logits_BD = domain_logits(encoding.z_BW, prototypes_DPW, self._topics.num_rows_D)
         none_B1 = self.head.none_logit(encoding)[:, None]
@@ -148,6 +161,8 @@ class RouterFit:
         loss = nn.functional.cross_entropy(logits_BC, episode.labels_B)
         if self._topics.are_known:
             loss = loss + self._topics.loss(encoding.z_BW, prototypes_DPW, none_B1, episode, drawn_B)
+        if self._teaching is not None:
+            loss = loss + self._teaching.loss(encoding.z_BW, batch, episode.labels_B < num_domains)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         self._optimizer.step()
@@ -211,3 +226,17 @@ class RouterFit:
         """Go on where `save` was called; returns how many steps were done then. Raises like `load_state_dict`."""
         self.load_state_dict(safetensors.torch.load_file(folder / _CHECKPOINT))
         return self._num_done
+
+
+def _models(
+    settings: RouterSettings, loaded: SentenceModel | None
+) -> tuple[SentenceModel | None, SentenceModel | None]:
+    """What stands beside the n-grams, and what teaches them; the one that the settings name may be loaded already."""
+    names = [name for name in (settings.sentence_encoder, settings.teacher) if name is not None]
+    if len(names) > 1:
+        raise InvalidInput(
+            f"The settings name the sentence encoder {names[0]!r} and the teacher {names[1]!r}; name one of them: what "
+            "reads each prompt has nothing to teach."
+        )
+    model = loaded or (SentenceModel.load(find_sentence_model(names[0])) if names else None)
+    return (None, model) if settings.teacher is not None else (model, None)

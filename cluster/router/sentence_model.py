@@ -116,6 +116,11 @@ class SentenceModel:
         states_BTS: Tensor = output.last_hidden_state.masked_fill(~mask_BT[..., None], 0.0)
         return states_BTS.sum(1) / lengths_B.clamp(min=1)[:, None]
 
+    def words(self) -> list[str]:
+        """The tokenizer's vocabulary, in its order: in BERT's, of the most frequent words first."""
+        vocabulary = self._tokenizer.get_vocab()
+        return sorted(vocabulary, key=lambda word: vocabulary[word])
+
     def save(self, folder: Path) -> None:
         """Write the model into `folder`, which exists, so that `load` reads it."""
         self._model.save_pretrained(folder)

@@ -28,6 +28,7 @@ from cluster.router.policy import Policy, probabilities
 from cluster.router.prototypes import cluster_prototypes, recentre
 from cluster.router.sentence_encoder import SentenceEncoder
 from cluster.router.sentence_model import SentenceModel, checksum
+from cluster.router.word_vectors import WordVectors
 
 _CONFIG, _TENSORS, _SENTENCES = "router.json", "router.safetensors", "sentence_encoder"
 _ENCODE_BATCH = 256
@@ -56,12 +57,16 @@ class TinyAda(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Everything trained by gradient, here or by others: the encoder's table and layers, the none network, and a
-        pretrained sentence encoder.
+        """Everything trained by gradient, here or by others: the encoder's table and layers, the none network, what a
+        teacher said of words, and a pretrained sentence encoder.
 
         Prototypes are not counted (they are rows of data, made from examples), nor the lexicon's indices.
         """
-        num_pretrained = self.encoder.sentences.num_parameters if isinstance(self.encoder, SentenceEncoder) else 0
+        num_pretrained = 0
+        if isinstance(self.encoder, SentenceEncoder):
+            num_pretrained = self.encoder.sentences.num_parameters
+        elif self.encoder.words is not None:
+            num_pretrained = self.encoder.words.vectors_YQ.numel()
         return sum(parameter.numel() for parameter in self.parameters()) + num_pretrained
 
     def encode(self, texts: Sequence[str]) -> Encoding:
@@ -214,7 +219,10 @@ class TinyAda(nn.Module):
             num_domains, num_rows, _ = tensors["head.prototypes_DPV"].shape
             if num_domains != len(saved.domains):
                 raise CorruptArtifact(f"The router names {len(saved.domains)} domains and has rows for {num_domains}.")
-            ngrams = Encoder(lexicon, saved.num_table_rows, saved.width)
+            words = None
+            if f"{at}.words.slots_Y" in tensors:
+                words = WordVectors(tensors[f"{at}.words.slots_Y"], tensors[f"{at}.words.vectors_YQ"], saved.width)
+            ngrams = Encoder(lexicon, saved.num_table_rows, saved.width, words)
             encoder: Encoder | SentenceEncoder = ngrams
             if saved.sentence_checksum is not None:
                 encoder = SentenceEncoder(ngrams, _load_sentences(folder / _SENTENCES, saved.sentence_checksum))
