@@ -21,7 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks.figures import Measurement, Measurements
 from benchmarks.random_model import SHAPES
 from cluster.lora.certificate import in_total
-from cluster.lora.merge_plan import LayerShares, choose
+from cluster.lora.merge_plan import LayerShares, Method, choose, exact_method
 from cluster.lora.merging import Merged, merge_parts, reduce_share, share_sums
 from cluster.lora.parts import Scaled
 from cluster.lora.sketching import Answer, Ask, Multiply, Project, Sums, merge_by_sketch
@@ -182,10 +182,12 @@ def _by_parts(
     most_columns: int | None,
     tally: Tally,
 ) -> Merged:
-    parts = [
-        tally.on_shard(shard, partial(reduce_share, *share, most_columns=most_columns))
-        for shard, share in enumerate(shares)
-    ]
+    (layer, f), *_ = shares[0][0][0].factors.items()
+    columns = tuple(len(adapters) * _RANK for adapters, _ in shares)
+    method = exact_method(LayerShares(f.b_OR.shape[0], f.a_RI.shape[1], columns))
+    dense = [layer] if method is Method.DENSE_SUM else []
+    work = partial(reduce_share, most_columns=most_columns, dense=dense)
+    parts = [tally.on_shard(shard, partial(work, *share)) for shard, share in enumerate(shares)]
     tally.num_bytes += sum(part.num_bytes for part in parts)
     return tally.on_coordinator(lambda: merge_parts(parts, rank, dtype))
 

@@ -7,8 +7,8 @@ S shards hold K_s columns each (ranks of their adapters, summed) of a layer of M
 - `RANDOMIZED`: products with a sketch of L columns travel, (M + N) L numbers a round (Halko, Martinsson and Tropp 2011,
   arXiv 0909.4061; all blocks are kept, as Musco and Musco 2015, arXiv 1504.05477, do).
 
-The first two are exact, and a shard sends whichever of the two forms is smaller. The third is nearly as near the exact
-sum, but what it certifies is looser by up to sqrt(S), so that it must be worth it. Flops are those of Golub and Van
+The first two are exact. The third is nearly as near the exact sum, but what it certifies is looser by up to sqrt(S), so
+that it must be worth it. Flops are those of Golub and Van
 Loan, "Matrix computations"; what the slower ones weigh was measured.
 """
 
@@ -24,12 +24,22 @@ EXTRA_COLUMNS = 8
 POWERS = 2
 """A sketch is multiplied so often by the sum's transpose and the sum: within 1 % of the optimum on flat spectra too."""
 
+_WORTH_FORMING = 8
+
 _QR_SLOWNESS, _SVD_FLOPS, _EIGEN_FLOPS = 2, 22, 9
 
 
 def crossover(out_features: int, in_features: int) -> int:
     """The number of columns from which on factors are no smaller than the matrix, m n / (m + n)."""
     return -(-out_features * in_features // (out_features + in_features))
+
+
+def travels_as_matrix(out_features: int, in_features: int, columns: int | None) -> bool:
+    """Whether a share of a layer whose sum becomes a matrix anyway is formed by the shard; None where it already was.
+
+    Up to `_WORTH_FORMING` times the bytes are less than what the coordinator would compute, all shards' in turn.
+    """
+    return columns is None or columns * _WORTH_FORMING >= crossover(out_features, in_features)
 
 
 class Method(Enum):
@@ -120,9 +130,9 @@ def _by_factors(shares: LayerShares, rank: int) -> Cost:
 
 def _by_matrix(shares: LayerShares, rank: int) -> Cost:
     numbers, short = shares.numbers, min(shares.out_features, shares.in_features)
-    most = crossover(shares.out_features, shares.in_features)
-    as_factors = [columns for columns in shares.columns if columns < most]
-    as_matrix = [columns for columns in shares.columns if columns >= most]
+    shape = shares.out_features, shares.in_features
+    as_factors = [columns for columns in shares.columns if not travels_as_matrix(*shape, columns)]
+    as_matrix = [columns for columns in shares.columns if travels_as_matrix(*shape, columns)]
     adding = numbers * (len(as_matrix) + 2 * sum(as_factors))
     truncation = 2 * numbers * short + _EIGEN_FLOPS * short**3 + 2 * numbers * rank
     num_bytes = _BYTES * (numbers * len(as_matrix) + shares.sides * sum(as_factors))

@@ -88,6 +88,14 @@ class WeightedSum:
         assert self.factors is not None
         return self.factors[0].shape[0], self.factors[1].shape[0]
 
+    def as_matrix(self) -> "WeightedSum":
+        """The same, held as the matrix."""
+        if self.factors is None:
+            return self
+        x_MK, y_NK = self.factors
+        error = self.error + gamma(self.num_terms + 2) * self.mass
+        return WeightedSum(None, x_MK @ y_NK.T, self.num_terms, self.mass, error)
+
     def times(self, right_NL: Tensor) -> Tensor:
         """The sum times a matrix, [M, L]."""
         if self.dense_MN is not None:

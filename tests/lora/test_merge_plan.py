@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.lora.merge_plan import LayerShares, Machine, Method, choose, cost, crossover, exact_method
-from cluster.lora.merging import reduce_share, share_sums
+from cluster.lora.merging import merge_parts, reduce_share, share_sums
 from cluster.lora.parts import LayerProjection, Scaled
 from cluster.lora.sketching import Multiply, Project, Sketch, merge_by_sketch
 from cluster.lora.weights import AdapterWeights
@@ -68,11 +68,13 @@ SHAPES = [(120, 200), (200, 120), (160, 160)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("columns", [(8, 24), (80, 160), (40, 16)])
+@pytest.mark.parametrize("columns", [(8, 24), (80, 160), (40, 16), (8, 72)])
 def test_the_bytes_of_the_exact_ways_are_those_sent(shape: tuple[int, int], columns: tuple[int, ...]) -> None:
     shares = LayerShares(*shape, columns)
-    parts = [reduce_share(_share(*shape, each), [1.0] * (each // 8)) for each in columns]
+    dense = [LAYER] if exact_method(shares) is Method.DENSE_SUM else []
+    parts = [reduce_share(_share(*shape, each), [1.0] * (each // 8), dense=dense) for each in columns]
     assert cost(exact_method(shares), shares, 16).num_bytes == sum(part.num_bytes for part in parts)
+    assert merge_parts(parts, 16, torch.float32).certificate.method == exact_method(shares).value
 
 
 @pytest.mark.parametrize("shape", SHAPES)
