@@ -111,12 +111,13 @@ class Tally:
 
 
 def merging(mixings: Sequence[Mixing], console: Console, done: Callable[[str], None]) -> Measurements:
-    """Merge all of `mixings` in every way, print the table, and give the figures that it holds in short."""
-    tallies: dict[Mixing, dict[Way, Tally]] = {}
+    """Merge all of `mixings` in every way, print a table of each, and give the figures that they hold in short."""
+    tallies: list[tuple[Way, Tally]] = []
     for mixing in mixings:
-        tallies[mixing] = _merge_all(mixing, done)
-    _print(tallies, console)
-    return _figures([(way, tally) for of_mixing in tallies.values() for way, tally in of_mixing.items()])
+        of_mixing = _merge_all(mixing, done)
+        _print(mixing, of_mixing, console)
+        tallies += of_mixing.items()
+    return _figures(tallies)
 
 
 def _figures(tallies: Sequence[tuple[Way, Tally]]) -> Measurements:
@@ -261,18 +262,18 @@ def _dense(factors: Sequence[Factors], weights: Sequence[float]) -> Tensor:
     return b_OC @ torch.cat([f.a_RI.double() for f in factors])
 
 
-_COLUMNS = ("model", "adapters", "rank", "way", "S", "seconds", "of shard", "MB", "error/least", "bound/error", "kept")
-
-
-def _print(tallies: Mapping[Mixing, Mapping[Way, Tally]], console: Console) -> None:
-    title = f"adapters of rank {_RANK}, shared directions that fade as j^-{DECAY:g}, {torch.get_num_threads()} threads"
-    table = Table(title=title, title_justify="left")
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name in ("model", "way") else "right", no_wrap=True)
-    for mixing, of_mixing in tallies.items():
-        for way, tally in sorted(of_mixing.items(), key=lambda pair: (str(pair[0]), pair[0].num_shards)):
-            table.add_row(mixing.model, f"{mixing.num_adapters:,}", str(mixing.rank), *_cells(way, tally))
-        console.print(f"{mixing.model}, {mixing.num_adapters} adapters: chosen {_chosen(mixing)}", highlight=False)
+def _print(mixing: Mixing, tallies: Mapping[Way, Tally], console: Console) -> None:
+    table = Table(
+        title=f"{mixing.num_adapters:,} adapters of rank {_RANK} merged to {mixing.rank}: {mixing.num_blocks} blocks "
+        f"of {mixing.model}, directions fade as j^-{DECAY:g}, threads: {torch.get_num_threads()}",
+        title_justify="left",
+        caption=f"the cost model's choice for S = {max(mixing.shards)}: {_chosen(mixing)}",
+        caption_justify="left",
+    )
+    for name in ("way", "S", "seconds", "of shard", "MB", "error/least", "bound/error", "kept"):
+        table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
+    for way, tally in sorted(tallies.items(), key=lambda pair: (str(pair[0]), pair[0].num_shards)):
+        table.add_row(*_cells(way, tally))
     console.print(table)
 
 

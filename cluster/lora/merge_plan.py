@@ -12,7 +12,8 @@ that it must be worth it. Flops are those of Golub and Van
 Loan, "Matrix computations"; what the slower ones weigh was measured.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 
 _BYTES = 4
@@ -95,6 +96,16 @@ class Cost:
         """One after the other: shards, network, coordinator."""
         flops_s = (self.shard_flops + self.coordinator_flops) / machine.flops_per_s
         return flops_s + self.num_bytes / machine.bytes_per_s + self.rounds * machine.round_trip_s
+
+
+def plan(shares: Sequence[Mapping[str, LayerShares]], rank: int, machine: Machine = Machine()) -> dict[str, Method]:
+    """The way of each layer that any shard holds something of, from what each shard says it holds."""
+    layers: dict[str, LayerShares] = {}
+    for of_shard in shares:
+        for name, of_layer in of_shard.items():
+            columns = (*layers[name].columns, *of_layer.columns) if name in layers else of_layer.columns
+            layers[name] = replace(of_layer, columns=columns)
+    return {name: choose(of_layer, rank, machine) for name, of_layer in layers.items()}
 
 
 def exact_method(shares: LayerShares) -> Method:
