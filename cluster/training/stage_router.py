@@ -32,6 +32,8 @@ def train_router(settings: StageSettings, run: Run) -> None:
         raise StageOrder(f"Domain {min(missing)!r} has no adapter yet; run stage 'adapters' on this data first.")
     train, val = (router_rows(data, split, recipe.train_rows_per_domain) for split in ("train", "val"))
     topics = [row.topic for row in train]
+    if recipe.router.sentence_encoder is not None:
+        run.say(f"{recipe.router.sentence_encoder} reads {len(train) + len(val):,} prompts, each once")
     fit = RouterFit(*router_columns(train), *router_columns(val), recipe.router, base.num_parameters, topics)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # its products are so small that a second thread only waits for the first
