@@ -157,8 +157,8 @@ class SentenceModel:
             self._mean([[last_token] * (HEAD_TOKENS + TAIL_TOKENS)])
         except Exception as error:  # whatever a model of any architecture may raise
             raise CorruptArtifact(
-                f"The sentence encoder in {name} does not work ({error}); expected an encoder, such as a BERT, that takes "
-                f"{HEAD_TOKENS + TAIL_TOKENS} tokens of its tokenizer."
+                f"The sentence encoder in {name} does not work ({error}); expected an encoder, such as a BERT, that "
+                f"takes {HEAD_TOKENS + TAIL_TOKENS} tokens of its tokenizer."
             ) from error
 
 
