@@ -3,5 +3,5 @@
 `features` turns text into hashed n-grams, `lexicon` knows which of them training saw, `encoder` makes them one unit
 vector, `head` one logit per domain and one for none, `policy` weights to mix. `tiny_ada` is all of them together.
 `prototypes` and `calibration` fit the head's rows and numbers, `episodes` hides words and domains in training, `fit`
-trains.
+trains. `sentence_model` is a pretrained encoder, `sentence_encoder` puts it beside the n-grams.
 """

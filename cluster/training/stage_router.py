@@ -14,6 +14,7 @@ from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version
 from cluster.messages import NONE_DOMAIN, RoutingDecision
 from cluster.router.fit import RouterFit
+from cluster.router.sentence_model import find_sentence_model
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.artifacts import publish_for_base, published_base, require_adapters
 from cluster.training.data import DataSet, Row, read_data
@@ -32,6 +33,9 @@ def train_router(settings: StageSettings, run: Run) -> None:
         raise StageOrder(f"Domain {min(missing)!r} has no adapter yet; run stage 'adapters' on this data first.")
     train, val = (router_rows(data, split, recipe.train_rows_per_domain) for split in ("train", "val"))
     topics = [row.topic for row in train]
+    if recipe.router.sentence_encoder is not None:
+        folder = find_sentence_model(recipe.router.sentence_encoder)
+        run.say(f"the sentence encoder in {folder.name} reads {len(train) + len(val):,} prompts, each once")
     fit = RouterFit(*router_columns(train), *router_columns(val), recipe.router, base.num_parameters, topics)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # its products are so small that a second thread only waits for the first

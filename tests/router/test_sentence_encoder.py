@@ -183,7 +183,8 @@ def test_without_a_word_the_sentence_is_read_without_it(fused: TinyAda, text: st
             features.num_words,
             encoder.sentences.embed([left]).numpy()[0],
         )
-        logits = dict(zip((*fused.domains, NONE_DOMAIN), fused.head(encoder(collate([shorter])))[0], strict=True))
-        margin = float(logits[found.domain] - logits[found.against])
+        row = fused.head(encoder(collate([shorter])))[0].tolist()
+        logits = dict(zip((*fused.domains, NONE_DOMAIN), row, strict=True))
+        margin = logits[found.domain] - logits[found.against]
         assert effect.effect == pytest.approx(found.margin - margin, abs=1e-3), effect
     assert {effect.text for effect in found.effects if effect.kind == "word"} == set(words(text))
