@@ -34,7 +34,13 @@ PRETRAINED_BASE_PARAMETERS = 500_000_000
 
 
 SETTINGS = RouterSettings(
-    width=128, steps=1200, feature_dropout=0.4, word_dropout=0.1, outlier_rate=0.1, hidden_domain_rate=0.25
+    width=128,
+    steps=1200,
+    feature_dropout=0.4,
+    word_dropout=0.1,
+    outlier_rate=0.1,
+    hidden_domain_rate=0.25,
+    sketch_share=0.5,
 )
 """Whatever the data: chosen on a part of CLINC150's train split."""
 

@@ -1,7 +1,7 @@
-"""Features -> one unit vector per text, what is novel in it, and the evidence of how much of it was ever seen.
+"""Features -> one unit vector per text, a sketch of what is rare in it, and the evidence of how much was ever seen.
 
-Knows nothing of domains. Letters: N features, B texts, W width of the vector, U width of what is novel, C cells (text
-and kind), K kinds, E evidence.
+Knows nothing of domains. Letters: N features, B texts, W width of the vector, U width of the sketch, C cells (text and
+kind), K kinds, E evidence.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cluster.router.features import NUM_KINDS, PAIR, FeatureBatch, TextFeatures, extract
+from cluster.router.features import CHARACTERS, NUM_KINDS, PAIR, WORD, FeatureBatch, TextFeatures, extract
 from cluster.router.lexicon import SILENT, UNKNOWN, Lexicon
 from cluster.router.word_vectors import WordVectors
 
 NUM_EVIDENCE = NUM_KINDS + 2
 
-NOVEL_WIDTH = 64
+NOVEL_WIDTH = 128
 _NOVEL_ROWS = 4096
 _NOVEL_SEED = 5
+_NOVEL_SHARES = {WORD: 0.35, PAIR: 0.15, CHARACTERS: 0.5}
+"""Of the sketch's squared length, by kind of feature."""
 _INITIAL_STD = 0.05
 _LENGTH_FLOOR = 0.1
+_SQUARE_FLOOR = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +33,11 @@ class Encoding:
     z_BW: Tensor
     """Unit vectors; zero for a text without any feature that has a row."""
     novel_BU: Tensor
-    """Random directions of the features without rows, summed: of length 1 when all are without, 0 when none is."""
+    """A sketch of the text's TF-IDF vector, words never seen weighing most, so that products of two sketches are about
+    those of the vectors' directions; unit vectors.
+    """
     evidence_BE: Tensor
-    """Share of known features by kind, log length of the vector before normalising, log number of features."""
+    """Share of known features by kind, log length of the n-grams' vector before normalising, log number of features."""
 
 
 class Encoder(nn.Module):
@@ -52,9 +57,12 @@ class Encoder(nn.Module):
         nn.init.normal_(self.table.weight, std=_INITIAL_STD)
         # Fixed, not learned: a domain added from examples is recognised by words that training never saw.
         directions = torch.randn(_NOVEL_ROWS, NOVEL_WIDTH, generator=torch.Generator().manual_seed(_NOVEL_SEED))
-        self.register_buffer("novel_table", directions, persistent=False)
+        self.register_buffer("novel_table", directions / NOVEL_WIDTH**0.5, persistent=False)
+        shares = torch.tensor([_NOVEL_SHARES[kind] for kind in range(NUM_KINDS)])
+        self.register_buffer("novel_shares_K", shares, persistent=False)
 
     novel_table: Tensor
+    novel_shares_K: Tensor
 
     @property
     def width(self) -> int:
@@ -65,15 +73,9 @@ class Encoder(nn.Module):
         """What the encoder reads of each text."""
         return [extract(text) for text in texts]
 
-    def forward(
-        self,
-        batch: FeatureBatch,
-        hidden_N: Tensor | None = None,
-        silent_N: Tensor | None = None,
-        muted_N: Tensor | None = None,
-    ) -> Encoding:
+    def forward(self, batch: FeatureBatch, hidden_N: Tensor | None = None, silent_N: Tensor | None = None) -> Encoding:
         """Encode a batch. Features marked in `hidden_N` (bool) are taken for never seen; those marked in `silent_N` for
-        known ones that have no row; those marked in `muted_N` say nothing through `words` either.
+        known ones that have no row.
         """
         rows_N = self.lexicon.rows[batch.slots_N].long()
         if silent_N is not None:
@@ -88,24 +90,28 @@ class Encoder(nn.Module):
         weights_N = all_C.float().rsqrt()[cells_N]
         kept_N = rows_N >= 0
         bag_BW = _bag(self.table.weight, rows_N, batch, kept_N, weights_N)
-        if self.words is not None:
-            bag_BW = bag_BW + self.words(batch, weights_N, muted_N)
-        h_BW = bag_BW + self.down(nn.functional.gelu(self.up(bag_BW)))
         length_B1 = torch.linalg.vector_norm(bag_BW, dim=1, keepdim=True)
+        if self.words is not None:
+            bag_BW = bag_BW + self.words(batch, weights_N)
+        h_BW = bag_BW + self.down(nn.functional.gelu(self.up(bag_BW)))
         all_BK = all_C.view(-1, NUM_KINDS)
         share_BK = known_C.view(-1, NUM_KINDS) / all_BK.clamp(min=1)
         size_B1 = all_BK.sum(1, keepdim=True).log1p() / 4
         evidence_BE = torch.cat((share_BK, (length_B1 + _LENGTH_FLOOR).log(), size_B1), dim=1)
-        return Encoding(nn.functional.normalize(h_BW, dim=1), self._novel(batch, ~kept_N, weights_N), evidence_BE)
+        return Encoding(nn.functional.normalize(h_BW, dim=1), self._novel(batch, rows_N, cells_N), evidence_BE)
 
-    def _novel(self, batch: FeatureBatch, rowless_N: Tensor, weights_N: Tensor) -> Tensor:
-        """The direction of the rowless words and characters, as long as their share of all words and characters."""
-        counted_N = batch.kinds_N != PAIR
-        rowless_N = rowless_N & counted_N
-        sum_BU = _bag(self.novel_table, batch.slots_N % _NOVEL_ROWS, batch, rowless_N, weights_N)
-        size_B = torch.bincount(batch.texts_N[counted_N], minlength=batch.num_texts).clamp(min=1)
-        share_B = torch.bincount(batch.texts_N[rowless_N], minlength=batch.num_texts) / size_B
-        return nn.functional.normalize(sum_BU, dim=1) * share_B[:, None]
+    def _novel(self, batch: FeatureBatch, rows_N: Tensor, cells_N: Tensor) -> Tensor:
+        """A random direction per feature, weighted by the square of its rarity; each kind has its share of the length.
+
+        Products are kept but for noise (Johnson and Lindenstrauss 1984), and nothing needs to be known of a word.
+        """
+        weights_N = self.lexicon.rarities[rows_N].square()
+        square_C = torch.bincount(cells_N, weights_N.square(), minlength=batch.num_texts * NUM_KINDS)
+        weights_N = weights_N * (self.novel_shares_K[batch.kinds_N] / square_C[cells_N].clamp(min=_SQUARE_FLOOR)).sqrt()
+        all_N = torch.ones_like(rows_N, dtype=torch.bool)
+        sum_BU = _bag(self.novel_table, batch.slots_N % _NOVEL_ROWS, batch, all_N, weights_N)
+        # A word that is said a hundred times would make it ten times as long.
+        return nn.functional.normalize(sum_BU, dim=1)
 
 
 def join(parts: Sequence[Encoding]) -> Encoding:

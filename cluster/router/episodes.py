@@ -27,9 +27,6 @@ class Episode:
     """Features to take for never seen."""
     silent_N: Tensor
     """Features to leave out without taking them for never seen."""
-    muted_N: Tensor
-    """Of the hidden features those of prompts that teach none by it: their words say nothing, also not through what a
-    teacher said of them. Others stay words that the teacher knows and training never saw."""
     hidden_D: Tensor
     """Domains that do not exist in this step."""
     labels_B: Tensor
@@ -71,8 +68,7 @@ def draw_episode(
     if settings.feature_dropout:
         silent_N = torch.rand(len(batch.slots_N), generator=rng) < settings.feature_dropout
     none_B = outlier_B | torch.cat((hidden_D, torch.ones(1, dtype=torch.bool)))[labels_B]
-    muted_N = hidden_N & (none_B & (labels_B < num_domains))[batch.texts_N]
-    return Episode(hidden_N, silent_N, muted_N, hidden_D, torch.where(none_B, num_domains, labels_B))
+    return Episode(hidden_N, silent_N, hidden_D, torch.where(none_B, num_domains, labels_B))
 
 
 def _keywords(batch: FeatureBatch, counted: Counted) -> tuple[Tensor, Tensor]:

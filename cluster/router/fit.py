@@ -153,7 +153,7 @@ class RouterFit:
         drawn_B = torch.multinomial(self._draw_weights_B, settings.batch_size, replacement=True, generator=self._rng)
         batch = collate([self._train.features[index] for index in drawn_B.tolist()])
         episode = draw_episode(batch, self._train.labels_B[drawn_B], self._counted, num_domains, settings, self._rng)
-        encoding = self.encoder(batch, episode.hidden_N, episode.silent_N, episode.muted_N)
+        encoding = self.encoder(batch, episode.hidden_N, episode.silent_N)
         prototypes_DPW = nn.functional.normalize(self.proxies_DPW, dim=-1)
         logits_BD = domain_logits(encoding.z_BW, prototypes_DPW, self._topics.num_rows_D)
         none_B1 = self.head.none_logit(encoding)[:, None]
@@ -177,8 +177,24 @@ class RouterFit:
             num_rows = int(self._topics.num_rows_D[index])
             head.set_rows(index, nn.functional.pad(rows_PW[:num_rows], (0, NOVEL_WIDTH)))
         ada = TinyAda(self.domains, encoder, head, Policy(0.0)).eval()
-        ada.calibrate(self._encode(self._val.features), self._val.labels_B, self.settings.target_false_rejection)
+        held_out = self._encode(self._val.features)
+        ada.calibrate(held_out, self._val.labels_B, self.settings.target_false_rejection)
+        if self.settings.sketch_share:
+            self._add_sketches(ada)
+            ada.level_none(held_out, self._val.labels_B)
+            ada.calibrate(held_out, self._val.labels_B, self.settings.target_false_rejection)
         return ada
+
+    def _add_sketches(self, ada: TinyAda) -> None:
+        """Beside the vector of each prototype, the mean sketch of the texts of its domain that are nearest to it."""
+        encoding = self._encode(self._train.features)
+        for index in range(len(self.domains)):
+            own_N = self._train.labels_B == index
+            rows_PW = ada.head.prototypes_DPV[index, : self._topics.num_rows_D[index], : self.settings.width]
+            owner_N = (encoding.z_BW[own_N] @ rows_PW.T).argmax(1)
+            sums_PU = torch.zeros(len(rows_PW), NOVEL_WIDTH).index_add_(0, owner_N, encoding.novel_BU[own_N])
+            sketches_PU = self.settings.sketch_share * nn.functional.normalize(sums_PU, dim=1)
+            ada.head.set_rows(index, torch.cat((rows_PW, sketches_PU), dim=1))
 
     def _encode(self, features: list[TextFeatures]) -> Encoding:
         starts = range(0, len(features), _ENCODE_BATCH)

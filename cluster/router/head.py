@@ -36,7 +36,7 @@ class Head(nn.Module):
     """The rows of every domain (never trained by gradient here), the none network, and what calibration found."""
 
     prototypes_DPV: Tensor
-    """Unit vectors; the novel part is zero but for domains added from examples."""
+    """Unit vectors beside sketches; the latter are zero in trained domains, unless training was told otherwise."""
     num_prototypes_D: Tensor
     offsets_D: Tensor
     """Added to a domain's logit: 0 but for domains added from examples."""
@@ -95,6 +95,12 @@ class Head(nn.Module):
         self.prototypes_DPV[domain] = 0.0
         self.prototypes_DPV[domain, : len(prototypes_PV)] = prototypes_PV
         self.num_prototypes_D[domain] = len(prototypes_PV)
+
+    def make_room(self, num_rows: int) -> None:
+        """For so many prototypes in each domain, and no fewer than there are."""
+        lacking = num_rows - self.prototypes_DPV.shape[1]
+        if lacking > 0:
+            self.prototypes_DPV = nn.functional.pad(self.prototypes_DPV, (0, 0, 0, lacking))
 
     def insert(self, domain: int) -> None:
         """Make room for a domain before number `domain`; the others keep their rows bit for bit."""

@@ -25,17 +25,23 @@ NUM_GROUPS = 62
 
 
 class Lexicon(nn.Module):
-    """Slot -> row, `SILENT` or `UNKNOWN`. `row_slots` and `known_bits` are what is saved."""
+    """Slot -> row, `SILENT` or `UNKNOWN`; row -> how rare its feature is. All but `rows` is saved."""
 
     row_slots: Tensor
     known_bits: Tensor
+    rarities: Tensor
     rows: Tensor
 
-    def __init__(self, row_slots: Tensor, known_bits: Tensor) -> None:
-        """`row_slots` int32 [R]: the slot of each row. `known_bits` uint8 [NUM_SLOTS / 8]: a bit per known slot."""
+    def __init__(self, row_slots: Tensor, known_bits: Tensor, rarities: Tensor) -> None:
+        """`row_slots` int32 [R]: the slot of each row. `known_bits` uint8 [NUM_SLOTS / 8]: a bit per known slot.
+
+        `rarities` float32 [R + 2]: of each row, of what is `SILENT` and of what is `UNKNOWN`, where these two, as
+        negative indices, point.
+        """
         super().__init__()
         self.register_buffer("row_slots", row_slots)
         self.register_buffer("known_bits", known_bits)
+        self.register_buffer("rarities", rarities)
         known = np.unpackbits(known_bits.numpy()).astype(bool)
         rows = torch.from_numpy(np.where(known, SILENT, UNKNOWN).astype(np.int32))
         rows[row_slots.long()] = torch.arange(len(row_slots), dtype=torch.int32)
@@ -72,7 +78,8 @@ def count(texts: Sequence[TextFeatures], domains: NDArray[np.int64], num_domains
         kinds[text.slots_N] = text.kinds_N
     row_slots = _choose(worth, kinds, num_texts >= 2, num_rows)
     known_bits = np.packbits(num_texts > 0)
-    lexicon = Lexicon(torch.from_numpy(row_slots.astype(np.int32)), torch.from_numpy(known_bits))
+    rarities = torch.from_numpy(_rarities(num_texts, row_slots, len(texts)))
+    lexicon = Lexicon(torch.from_numpy(row_slots.astype(np.int32)), torch.from_numpy(known_bits), rarities)
     return Counted(lexicon, torch.from_numpy(groups), torch.from_numpy(worth).float(), torch.from_numpy(num_texts >= 2))
 
 
@@ -89,6 +96,19 @@ def _worth(
     worth = np.zeros(NUM_SLOTS)
     np.add.at(worth, slots, gain)
     return worth
+
+
+def _rarities(num_texts: NDArray[np.int64], row_slots: NDArray[np.int64], num_all_texts: int) -> NDArray[np.float32]:
+    """The inverse document frequency ln((1 + all texts) / (1 + texts that hold it)).
+
+    Of each row, of what is silent on the mean of its occurrences, and of what is unknown.
+    """
+    rarity = np.log((1 + num_all_texts) / (1 + num_texts))
+    num_silent = num_texts.copy()
+    num_silent[row_slots] = 0
+    unknown = np.log(1 + num_all_texts)
+    silent = (rarity * num_silent).sum() / num_silent.sum() if num_silent.any() else unknown
+    return np.append(rarity[row_slots], (silent, unknown)).astype(np.float32)
 
 
 def _choose(

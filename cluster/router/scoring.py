@@ -34,7 +34,7 @@ class FixedPrototypes:
 
     @classmethod
     def of(cls, prototypes_DPV: Tensor, num_prototypes_D: Tensor) -> Self:
-        """Of vectors of length 1 at most; of each domain's rows those beyond its number are padding."""
+        """Of vectors of length 1.4 at most; of each domain's rows those beyond its number are padding."""
         starts = torch.nn.functional.pad(num_prototypes_D.cumsum(0), (1, 0))
         rows_RV = _room(int(starts[-1]), prototypes_DPV.shape[2])
         kept_DP = torch.arange(prototypes_DPV.shape[1]) < num_prototypes_D[:, None]

@@ -37,16 +37,10 @@ class SentenceEncoder(nn.Module):
         """What the encoder reads of each text."""
         return read(texts, self.sentences)
 
-    def forward(
-        self,
-        batch: FeatureBatch,
-        hidden_N: Tensor | None = None,
-        silent_N: Tensor | None = None,
-        muted_N: Tensor | None = None,
-    ) -> Encoding:
+    def forward(self, batch: FeatureBatch, hidden_N: Tensor | None = None, silent_N: Tensor | None = None) -> Encoding:
         """Encode a batch that `read` made, as `Encoder` does."""
         assert batch.sentences_BS is not None, "the features were read without the sentence encoder"
-        encoding: Encoding = self.ngrams(batch, hidden_N, silent_N, muted_N)
+        encoding: Encoding = self.ngrams(batch, hidden_N, silent_N)
         sum_BW = encoding.z_BW + self.projection(batch.sentences_BS)
         return replace(encoding, z_BW=nn.functional.normalize(sum_BW, dim=1))
 

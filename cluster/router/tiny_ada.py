@@ -20,21 +20,19 @@ from cluster.errors import CorruptArtifact, InvalidData, InvalidInput, UnknownDo
 from cluster.messages import NONE_DOMAIN, RoutingDecision, check_domain_name
 from cluster.router.calibration import fit_temperature, fit_threshold
 from cluster.router.conversation import Turn, settle
-from cluster.router.encoder import Encoder, Encoding, join
+from cluster.router.encoder import NOVEL_WIDTH, Encoder, Encoding, join
 from cluster.router.features import collate
-from cluster.router.head import Head, domain_logits, keys
+from cluster.router.few_shot import few_shot_logits, few_shot_offset, few_shot_prototypes
+from cluster.router.head import Head, keys
 from cluster.router.lexicon import Lexicon
 from cluster.router.policy import Policy, probabilities
-from cluster.router.prototypes import cluster_prototypes, recentre
+from cluster.router.prototypes import recentre
 from cluster.router.sentence_encoder import SentenceEncoder
 from cluster.router.sentence_model import SentenceModel, checksum
 from cluster.router.word_vectors import WordVectors
 
 _CONFIG, _TENSORS, _SENTENCES = "router.json", "router.safetensors", "sentence_encoder"
 _ENCODE_BATCH = 256
-_FOLDS = 5
-_EXAMPLES_TO_PASS = 0.8
-"""Share of a new domain's examples that its offset lets pass, each judged by prototypes made without it."""
 
 
 class TinyAda(nn.Module):
@@ -111,12 +109,19 @@ class TinyAda(nn.Module):
         return RoutingDecision(probabilities(self.domains, settled), weights, (time.perf_counter() - start_s) * 1000)
 
     @torch.no_grad()
-    def with_domain(self, name: str, examples: Sequence[str], is_data_free: bool = False) -> "TinyAda":
+    def with_domain(
+        self,
+        name: str,
+        examples: Sequence[str],
+        topics: Sequence[str] | None = None,
+        is_data_free: bool = False,
+    ) -> "TinyAda":
         """A router that also knows `name`, from a few prompts of it: rows are added, nothing is trained.
 
-        Every other logit stays as it is, bit for bit. The new domain takes prompts that are as near to its examples as
-        most of those are to each other. `is_data_free` marks examples that nobody gave (`cluster/router/data_free.py`).
-        Raises `InvalidInput` for a name that is taken or cannot be one, or when there are no examples.
+        Every other logit stays as it is, bit for bit. `topics`, if known, names the kind of each example within the
+        domain, such as one intent of many: each has a row of its own then, where else examples that lie together
+        share one. `is_data_free` marks examples that nobody gave (`cluster/router/data_free.py`). Raises `InvalidInput`
+        for a name that is taken or cannot be one, no examples, or not one topic for each.
         """
         check_domain_name(name)
         if name in self.domains:
@@ -125,13 +130,19 @@ class TinyAda(nn.Module):
             )
         if not examples:
             raise InvalidInput(f"There are no examples of the domain {name!r}; give at least one prompt.")
+        if topics is not None and len(topics) != len(examples):
+            raise InvalidInput(f"There are {len(examples)} examples and {len(topics)} topics; give a topic for each.")
         encoding = self._encode_all(examples)
+        given = (keys(encoding), self.encoder.width, self._num_rows, topics)
+        rows_PV = few_shot_prototypes(*given)
+        none_N = self.head.none_logit(encoding) + self.head.none_offset + self.policy.threshold * self.head.temperature
         grown = self._fork()
         index = bisect.bisect(self.domains, name)
         grown.domains = (*self.domains[:index], name, *self.domains[index:])
         grown.head.insert(index)
-        grown.head.set_rows(index, cluster_prototypes(keys(encoding), self._num_rows))
-        grown.head.offsets_D[index] = self._offset(encoding)
+        grown.head.make_room(len(rows_PV))
+        grown.head.set_rows(index, rows_PV)
+        grown.head.offsets_D[index] = few_shot_offset(few_shot_logits(*given), none_N, self.head.own_logit)
         if is_data_free:
             grown.data_free |= {name}
         return grown
@@ -168,7 +179,7 @@ class TinyAda(nn.Module):
         for index in range(len(self.domains)):
             self._recentre(index, keys_BV[labels_B == index])
         held_out = self._encode_all(held_out_texts)
-        self.head.none_offset += _own_logit(self.head.raw_logits(held_out), held_labels_B) - self.head.own_logit
+        self.level_none(held_out, held_labels_B)
         self.calibrate(held_out, held_labels_B, target_false_rejection)
 
     @torch.no_grad()
@@ -178,6 +189,11 @@ class TinyAda(nn.Module):
         """Fit temperature and threshold anew, in place, and leave the prototypes where they are."""
         labels_B = self._labels(held_out_texts, held_out_domains)
         self.calibrate(self._encode_all(held_out_texts), labels_B, target_false_rejection)
+
+    @torch.no_grad()
+    def level_none(self, encoding: Encoding, labels_B: Tensor) -> None:
+        """Shift none's logit, in place, as far as held-out prompts' own logits moved since `calibrate`."""
+        self.head.none_offset += _own_logit(self.head.raw_logits(encoding), labels_B) - self.head.own_logit
 
     @torch.no_grad()
     def calibrate(self, encoding: Encoding, labels_B: Tensor, target_false_rejection: float) -> None:
@@ -215,7 +231,7 @@ class TinyAda(nn.Module):
             saved = _Saved.model_validate_json((folder / _CONFIG).read_text())
             tensors = safetensors.torch.load_file(folder / _TENSORS)
             at = "encoder" if saved.sentence_checksum is None else "encoder.ngrams"
-            lexicon = Lexicon(tensors[f"{at}.lexicon.row_slots"], tensors[f"{at}.lexicon.known_bits"])
+            lexicon = Lexicon(*(tensors[f"{at}.lexicon.{name}"] for name in ("row_slots", "known_bits", "rarities")))
             num_domains, num_rows, _ = tensors["head.prototypes_DPV"].shape
             if num_domains != len(saved.domains):
                 raise CorruptArtifact(f"The router names {len(saved.domains)} domains and has rows for {num_domains}.")
@@ -262,27 +278,9 @@ class TinyAda(nn.Module):
     def _encode_all(self, texts: Sequence[str]) -> Encoding:
         return join([self.encode(texts[i : i + _ENCODE_BATCH]) for i in range(0, len(texts), _ENCODE_BATCH)])
 
-    def _offset(self, encoding: Encoding) -> Tensor:
-        """What brings the threshold where most of a new domain's examples pass, each judged without its own help."""
-        keys_NV = keys(encoding)
-        none_N = self.head.none_logit(encoding) + self.head.none_offset
-        num_folds = min(_FOLDS, len(keys_NV))
-        fold_N = torch.arange(len(keys_NV)) % num_folds
-        margin_N = torch.empty(len(keys_NV))
-        for fold in range(num_folds):
-            judged_N = fold_N == fold
-            rows_PV = cluster_prototypes(keys_NV if num_folds == 1 else keys_NV[~judged_N], self._num_rows)
-            count = torch.tensor([len(rows_PV)])
-            margin_N[judged_N] = domain_logits(keys_NV[judged_N], rows_PV[None], count)[:, 0] - none_N[judged_N]
-        return self.policy.threshold * self.head.temperature - margin_N.quantile(1 - _EXAMPLES_TO_PASS)
-
     def _recentre(self, index: int, keys_NV: Tensor) -> None:
         rows_PV = self.head.prototypes_DPV[index, : self.head.num_prototypes_D[index]]
-        width = self.encoder.width
-        if not bool(rows_PV[:, width:].any()):
-            # Trained, not added from examples: what is novel in a prompt says nothing for such a domain.
-            keys_NV = torch.cat((keys_NV[:, :width], torch.zeros_like(keys_NV[:, width:])), dim=1)
-        self.head.set_rows(index, recentre(keys_NV, rows_PV))
+        self.head.set_rows(index, recentre(keys_NV, rows_PV, (self.encoder.width, NOVEL_WIDTH)))
 
 
 class _Saved(BaseModel):

@@ -61,12 +61,10 @@ class WordVectors(nn.Module):
         """The table's numbers and the layers'."""
         return self.vectors_YQ.numel() + sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, batch: FeatureBatch, weights_N: Tensor, muted_N: Tensor | None = None) -> Tensor:
-        """[B, W]: what the known words of each text add to its vector; features in `muted_N` (bool) are passed over."""
+    def forward(self, batch: FeatureBatch, weights_N: Tensor) -> Tensor:
+        """[B, W]: what the words of each text, as many as are in the table, add to its vector."""
         numbers_N = torch.where(batch.kinds_N == WORD, self.numbers[batch.slots_N].long(), -1)
         kept_N = numbers_N >= 0
-        if muted_N is not None:
-            kept_N = kept_N & ~muted_N
         vectors = self.vectors_YQ[numbers_N[kept_N]].float() * weights_N[kept_N, None]
         sums_BQ = vectors.new_zeros(batch.num_texts, vectors.shape[1]).index_add_(0, batch.texts_N[kept_N], vectors)
         added_BW: Tensor = self.down(nn.functional.gelu(self.up(_GAIN * sums_BQ)))
