@@ -33,7 +33,7 @@ def emulated_s3() -> Iterator[dict[str, str]]:
 
 
 class _OneAtATime:
-    """moto looks whether an object is there and then writes it; S3 does both at once, and so must what stands for it."""
+    """moto looks whether an object is there and then writes it; S3 does both at once, and so must this."""
 
     def __init__(self) -> None:
         self._application = DomainDispatcherApplication(create_backend_app)

@@ -20,6 +20,11 @@ class Store:
         self.storage: Storage = open_storage(root) if isinstance(root, Path | str) else root
         self._checked: set[str] = set()
 
+    @classmethod
+    def of(cls, root: "Root | Store") -> "Store":
+        """The store of a root, or the one that is given."""
+        return root if isinstance(root, Store) else cls(root)
+
     def folder(self, name: str) -> Path:
         """The local folder of a version such as `base/3`, its checksums compared once in each process.
 

@@ -30,7 +30,7 @@ class Catalog:
     """The generations below `root/catalog`. Cheap to make; remembers what it read last, so that the next look is."""
 
     def __init__(self, root: Root | Store) -> None:
-        self.store = root if isinstance(root, Store) else Store(root)
+        self.store = Store.of(root)
         self._storage = self.store.storage
         self._last: CatalogState | None = None
 
@@ -53,7 +53,7 @@ class Catalog:
         return known
 
     def load(self) -> CatalogState:
-        """The current state; reads what is new since the last look. Raises `CorruptArtifact` when that cannot be read."""
+        """The current state; reads what is new since the last look. Raises `CorruptArtifact` if that is damaged."""
         newest = self.latest()
         state = self._last if self._last is not None else CatalogState()
         if newest != state.generation:

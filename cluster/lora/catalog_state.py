@@ -39,7 +39,7 @@ class CatalogState:
     tags: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Domain to the names of versions of it, such as `stable`."""
     withdrawn: Mapping[str, int] = field(default_factory=dict)
-    """Domains that were taken back and not published since, with the generation that did: no version may be asked for."""
+    """Domains taken back and not published since, with the generation that did: none of their versions is served."""
 
     def ref(self, domain: str) -> AdapterRef:
         """The current adapter of `domain`, which may be an alias. Raises `UnknownDomain`."""
@@ -66,7 +66,9 @@ class CatalogState:
             return AdapterRef(domain, tagged)
         if _TAG.fullmatch(version):
             tags = ", ".join(sorted(self.tags.get(domain, {}))) or "none"
-            raise UnknownDomain(f"The domain {check_domain_name(domain)!r} has no tag {version!r}; its tags are: {tags}.")
+            raise UnknownDomain(
+                f"The domain {check_domain_name(domain)!r} has no tag {version!r}; its tags are: {tags}."
+            )
         return AdapterRef.parse(f"{domain}@{version}")
 
     def as_json(self) -> dict[str, Any]:
@@ -113,7 +115,9 @@ class Change:
         for alias, target in self.aliases.items():
             check_domain_name(alias)
             if target is None and alias not in state.aliases:
-                raise UnknownDomain(f"There is no alias {alias!r}; the aliases are: {', '.join(sorted(state.aliases))}.")
+                raise UnknownDomain(
+                    f"There is no alias {alias!r}; the aliases are: {', '.join(sorted(state.aliases))}."
+                )
             if target is not None and alias in present:
                 raise InvalidInput(f"{alias!r} is a domain; an alias needs a name of its own.")
             if target is not None and target not in present:

@@ -60,7 +60,9 @@ def parse_checksums(content: bytes, version: str) -> dict[str, FileSum]:
     """The files of `version` by name. Raises `CorruptArtifact` for anything that `write_checksums` does not write."""
     try:
         sums = {check_name(name): FileSum(f["bytes"], f["sha256"]) for name, f in json.loads(content)["files"].items()}
-        if not all(type(s.num_bytes) is int and s.num_bytes >= 0 and _SHA256.fullmatch(s.sha256) for s in sums.values()):
+        if not all(
+            type(s.num_bytes) is int and s.num_bytes >= 0 and _SHA256.fullmatch(s.sha256) for s in sums.values()
+        ):
             raise ValueError("a length or a checksum is none")
         if sum(s.num_bytes for s in sums.values()) > MAX_VERSION_BYTES:
             raise ValueError(f"the files together exceed {MAX_VERSION_BYTES} bytes")
@@ -69,7 +71,9 @@ def parse_checksums(content: bytes, version: str) -> dict[str, FileSum]:
     return sums
 
 
-def check_folder(folder: Path, version: str, is_hashed: Callable[[str], bool] = lambda _: True) -> Mapping[str, FileSum]:
+def check_folder(
+    folder: Path, version: str, is_hashed: Callable[[str], bool] = lambda _: True
+) -> Mapping[str, FileSum]:
     """Raise `CorruptArtifact` unless `folder` holds the files of its checksums, as long as they were, and no link.
 
     Files that `is_hashed` says no to are left to whoever reads them: their length alone is compared.

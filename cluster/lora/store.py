@@ -53,7 +53,9 @@ def open_storage(root: Root) -> Storage:
     if scheme == "file":
         return LocalStorage(Path("/") / rest.lstrip("/"))
     if scheme not in ("s3", "gs", "az"):
-        raise InvalidInput(f"The root {root!r} is neither a folder nor a bucket: expected file, s3, gs or az before ://.")
+        raise InvalidInput(
+            f"The root {root!r} is neither a folder nor a bucket: expected file, s3, gs or az before ://."
+        )
     # Here, so that a root on this machine does not pay for importing the library.
     from cluster.lora.bucket import open_bucket
 
@@ -150,7 +152,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def _written_beside(parent: Path, write: Callable[[Path], None]) -> Iterator[Path]:
-    """A draft below `parent`, filled, with its checksums and on the disk, to be renamed; gone if anything goes wrong."""
+    """A draft below `parent`, filled, with its checksums and on the disk, to be renamed; gone if anything fails."""
     parent.mkdir(parents=True, exist_ok=True)
     draft = parent / f".draft-{uuid.uuid4().hex}"
     draft.mkdir()

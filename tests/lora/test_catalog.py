@@ -253,7 +253,9 @@ def test_names_of_domains_and_versions(tmp_path: Path) -> None:
     catalog.publish(Change(adapters={"law": 3, "math": 1}))
     catalog.publish(Change(aliases={"legal": "law"}, tags={"law": {"stable": 2}}))
     state = Catalog(tmp_path).load()
-    found = {name: str(state.resolve(name)) for name in ("law", "legal", "law@stable", "legal@stable", "law@1", "legal@1")}
+    found = {
+        name: str(state.resolve(name)) for name in ("law", "legal", "law@stable", "legal@stable", "law@1", "legal@1")
+    }
     assert list(found.values()) == ["law@3", "law@3", "law@2", "law@2", "law@1", "law@1"]
     with pytest.raises(UnknownDomain, match=r"'law' has no tag 'next'; its tags are: stable"):
         state.resolve("law@next")

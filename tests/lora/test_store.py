@@ -155,7 +155,9 @@ def test_what_is_there_and_what_is_not(storage: Storage) -> None:
         storage.read("a/b/2", 4)
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "a//b", "", ".hidden", "a/.draft-1", "a\\b", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../../x", "/etc/passwd", "a//b", "", ".hidden", "a/.draft-1", "a\\b", "a\0b"]
+)
 def test_names_stay_below_the_root(storage: Storage, name: str) -> None:
     for ask in (storage.exists, storage.names, storage.folder, lambda n: storage.create(n, b"")):
         with pytest.raises(InvalidInput, match="cannot name an artifact"):
