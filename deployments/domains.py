@@ -114,7 +114,9 @@ class Domains:
         if is_data_free:
             examples = _words(base, weights)
         prototypes = self._prototypes(state, name, examples, is_data_free) if examples else None
-        return self._publish(name, packed, examples, prototypes, state, expected_generation)
+        change = self._write(name, packed, examples, prototypes)
+        self._publish(change, state, expected_generation)
+        return AdapterRef(name, change.adapters[name])
 
     def remove(self, name: str, expected_generation: int | None = None) -> CatalogState:
         """Withdraw a domain: no new request gets it, those in flight end with it, and its files stay.
@@ -126,23 +128,21 @@ class Domains:
     def rollback(self, name: str, version: int | None = None, expected_generation: int | None = None) -> AdapterRef:
         """Make an earlier version current again, by default the newest before the current one.
 
-        Raises `UnknownDomain` when there is none, `IncompatibleAdapter` when it belongs to another base.
+        With its version given, a domain that was withdrawn comes back. Raises `UnknownDomain` when there is no such
+        version, `IncompatibleAdapter` when it belongs to another base.
         """
         state = self._catalog.load()
-        current = state.ref(name)
-        if version is None:
-            earlier = [number for number in self._store.adapter_versions(current.domain) if number < current.version]
-            if not earlier:
-                raise UnknownDomain(f"There is no version of {current.domain!r} before {current.version}.")
-            version = earlier[-1]
-        ref = AdapterRef(current.domain, version)
+        if version is not None and name in state.withdrawn:
+            ref = AdapterRef(name, version)
+        else:
+            current = state.ref(name)
+            ref = AdapterRef(current.domain, self._before(current) if version is None else version)
         files = self._store.adapter_files(ref)
         ours = json.loads((self._store.adapter_folder(ref) / "zephyra.json").read_text())
         if ours["base_fingerprint"] != (served := fingerprint(self._base_folder(state))):
             raise IncompatibleAdapter(f"{ref} was trained on base {ours['base_fingerprint']}, this is base {served}.")
         prototypes = {ref.domain: files[PROTOTYPES_FILE].sha256} if PROTOTYPES_FILE in files else {}
-        change = Change(adapters={ref.domain: version}, prototypes=prototypes)
-        self._catalog.publish(change, state.generation if expected_generation is None else expected_generation)
+        self._publish(Change(adapters={ref.domain: ref.version}, prototypes=prototypes), state, expected_generation)
         return ref
 
     def set_alias(self, alias: str, domain: str | None) -> CatalogState:
@@ -155,15 +155,16 @@ class Domains:
             raise UnknownDomain(f"There is no adapter {domain}@{version}; tag a version that was published.")
         return self._catalog.publish(Change(tags={domain: {tag: version}}))
 
-    def _publish(
-        self,
-        name: str,
-        packed: PackedAdapter,
-        examples: Sequence[str],
-        prototypes: DomainPrototypes | None,
-        state: CatalogState,
-        expected_generation: int | None,
-    ) -> AdapterRef:
+    def _before(self, current: AdapterRef) -> int:
+        earlier = [number for number in self._store.adapter_versions(current.domain) if number < current.version]
+        if not earlier:
+            raise UnknownDomain(f"There is no version of {current.domain!r} before {current.version}.")
+        return earlier[-1]
+
+    def _write(
+        self, name: str, packed: PackedAdapter, examples: Sequence[str], prototypes: DomainPrototypes | None
+    ) -> Change:
+        """Write the domain's next version; what is to be published then."""
         kept = {"added_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_examples": len(examples)}
         rows = None if prototypes is None else prototypes.to_bytes()
 
@@ -175,12 +176,13 @@ class Domains:
 
         version = self._store.write_version(f"adapters/{name}", write)
         named = {} if rows is None else {name: hashlib.sha256(rows).hexdigest()}
-        change = Change(adapters={name: version}, prototypes=named)
+        return Change(adapters={name: version}, prototypes=named)
+
+    def _publish(self, change: Change, state: CatalogState, expected_generation: int | None) -> None:
         if expected_generation is None:
             publish_for_base(self._catalog, change, state.base)
         else:
             self._catalog.publish(change, expected_generation)
-        return AdapterRef(name, version)
 
     def _prototypes(
         self, state: CatalogState, name: str, examples: Sequence[str], is_data_free: bool

@@ -63,7 +63,7 @@ def add(
 
 @app.command()
 def remove(name: _Name, root: _Root = None, expected_generation: _Expected = None) -> None:
-    """Withdraw a domain. Its files stay; adding it again, or a rollback to come, needs them."""
+    """Withdraw a domain. Its files stay: `rollback NAME --to VERSION` brings it back."""
     with errors_told():
         state = _domains(root).remove(name, expected_generation)
         console.print(f"withdrew {name}, in generation {state.generation}", highlight=False)

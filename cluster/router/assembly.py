@@ -8,7 +8,7 @@ are none, they are made again from the domain's stored examples.
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from cluster.errors import ZephyraError
+from cluster.errors import StorageUnavailable, ZephyraError
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog_state import CatalogState
 from cluster.messages import AdapterRef
@@ -42,7 +42,8 @@ class RouterAssembly:
         """Domains that had to be left out of the last router, each with the reason."""
 
     def assemble(self, state: CatalogState) -> TinyAda | None:
-        """The router of `state`, None while none is published. Raises `CorruptArtifact` if the trained one is damaged.
+        """The router of `state`, None while none is published. Raises `CorruptArtifact` if the trained one is damaged,
+        `StorageUnavailable` if a bucket does not answer.
 
         A domain whose own files are damaged is left out, and the others are routed.
         """
@@ -70,6 +71,9 @@ class RouterAssembly:
     def _try(self, key: _Key) -> DomainPrototypes | ZephyraError | None:
         try:
             return self._prototypes(*key)
+        except StorageUnavailable:
+            # No domain's fault, and over in a while.
+            raise
         except ZephyraError as error:
             return error
 

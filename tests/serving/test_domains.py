@@ -210,6 +210,10 @@ def test_a_rollback_brings_back_the_version_with_its_prototypes(
         domains.rollback("tax")
     with pytest.raises(UnknownDomain, match="no adapter tax@9"):
         domains.rollback("tax", 9)
+    domains.remove("tax")
+    with pytest.raises(UnknownDomain, match="was withdrawn"):
+        domains.rollback("tax")
+    assert domains.rollback("tax", 2) == AdapterRef("tax", 2), "back from where it was withdrawn"
 
 
 def test_a_rollback_to_another_bases_version_is_refused(own_root: Path, domains: Domains) -> None:
