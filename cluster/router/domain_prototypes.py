@@ -100,10 +100,14 @@ def with_prototypes(ada: TinyAda, added: Mapping[str, DomainPrototypes], removed
         where = torch.tensor([place[ada.domains[index]] for index in kept])
         prototypes_DPV[where, : head.prototypes_DPV.shape[1]] = head.prototypes_DPV[kept]
         counts_D[where], offsets_D[where] = head.num_prototypes_D[kept], head.offsets_D[kept]
-    for name, given in added.items():
-        index = place[name]
-        prototypes_DPV[index, : len(given.rows_PV)] = given.rows_PV
-        counts_D[index], offsets_D[index] = len(given.rows_PV), given.offset
+    if added:
+        where = torch.tensor([place[name] for name in added])
+        counts = torch.tensor([len(given.rows_PV) for given in added.values()])
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        row = torch.arange(len(first)) - first
+        # Ten thousand domains in one copy, not ten thousand copies.
+        prototypes_DPV[where.repeat_interleave(counts), row] = torch.cat([given.rows_PV for given in added.values()])
+        counts_D[where], offsets_D[where] = counts, torch.tensor([given.offset for given in added.values()])
     shared = (ada.encoder, head.prototypes_DPV)
     made = copy.deepcopy(ada, {id(part): part for part in shared})
     made.domains = tuple(names)
