@@ -78,6 +78,8 @@ def check_folder(
 
     Files that `is_hashed` says no to are left to whoever reads them: their length alone is compared.
     """
+    if not (folder / CHECKSUMS).is_file():
+        raise CorruptArtifact(f"{version} has no {CHECKSUMS}; restore it, or publish it again.")
     try:
         if (folder / CHECKSUMS).stat().st_size > MAX_CHECKSUMS_BYTES:
             raise CorruptArtifact(f"The checksums of {version} exceed {MAX_CHECKSUMS_BYTES} bytes; restore it.")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import CorruptArtifact, InvalidInput
+from cluster.lora.artifacts import Store
 from cluster.lora.bucket import BucketStorage
 from cluster.lora.checksums import CHECKSUMS
 from cluster.lora.store import LocalStorage, Storage, open_storage, write_folder, write_version
@@ -260,6 +261,14 @@ def test_a_root_is_a_folder_or_one_of_four_schemes(tmp_path: Path, s3_root: str)
     for root in ("http://example.com/x", "ftp://x/y", "memory:///"):
         with pytest.raises(InvalidInput, match="expected file, s3, gs or az"):
             open_storage(root)
+
+
+def test_a_version_without_checksums_is_refused(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.write_version("router", lambda folder: _write(folder, "text"))
+    (tmp_path / "router/1" / CHECKSUMS).unlink()
+    with pytest.raises(CorruptArtifact, match=r"router/1 has no checksums\.json"):
+        Store(storage).folder("router/1")
 
 
 def test_checksums_name_every_file(tmp_path: Path) -> None:
