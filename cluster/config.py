@@ -15,6 +15,9 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 DEFAULT_ROOT = "artifacts/starter"
 
+Root = Path | str
+"""Where artifacts lie: a local folder as a path, or the URI of a bucket: s3://..., gs://..., az://..., file://..."""
+
 Quantization = Literal["int8", "int4"]
 """A form of a base with integer weights, beside its floats."""
 
@@ -198,7 +201,8 @@ class AppSettings(_Settings):
     """What `serve run deployments:app key=value ...` takes, and `args` in ray_config.yaml."""
 
     root: str | None = None
-    """Folder of a trained system; by default artifacts/starter, or the root that `base` lies in."""
+    """Folder or bucket (s3://, gs://, az://) of a trained system; by default artifacts/starter, or the root that `base`
+    lies in."""
     base: str | None = None
     """Folder of another causal language model in Hugging Face's format; by default the root's own."""
     quantization: Quantization | None = None
@@ -215,10 +219,10 @@ class AppSettings(_Settings):
     """CPU threads of a base replica's products; 0 for all cores but one, which the other processes need."""
     engine: EngineSettings = EngineSettings()
 
-    def resolved_root(self) -> Path:
-        """The root as an absolute path. A base inside a root (`R/base/1`) stands for that root."""
+    def resolved_root(self) -> Root:
+        """The root as an absolute path or a URI. A base inside a root (`R/base/1`) stands for that root."""
         if self.root is not None:
-            return absolute(self.root)
+            return root_from(self.root)
         if self.base is None:
             return absolute(DEFAULT_ROOT)
         base = absolute(self.base)
@@ -237,6 +241,11 @@ class AppSettings(_Settings):
 def absolute(path: str | Path) -> Path:
     """`path`, taken from the checkout when it is relative."""
     return (CHECKOUT / path).resolve()
+
+
+def root_from(text: str) -> Root:
+    """The root that a user wrote: a URI as it is, a path taken from the checkout when it is relative."""
+    return text if "://" in text else absolute(text)
 
 
 def ray_address() -> str | None:

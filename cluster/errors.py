@@ -18,6 +18,7 @@
     ├── DeadlineExceeded        the time that the request gave itself is over
     ├── RouterUnavailable       the router does not answer
     ├── AdapterUnavailable      the shard that holds an adapter does not answer
+    ├── StorageUnavailable      the bucket that holds the root does not answer
     └── ReplicaLost             the base replica died and its answer could not be resumed
 
 Each takes one message, so that it survives pickling between processes. The border maps each to an HTTP status and a
@@ -98,6 +99,10 @@ class RouterUnavailable(ZephyraError):
 
 class AdapterUnavailable(ZephyraError):
     """The shard that holds an adapter does not answer."""
+
+
+class StorageUnavailable(ZephyraError):
+    """The bucket that holds the root does not answer."""
 
 
 class ReplicaLost(ZephyraError):

@@ -7,9 +7,10 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from cluster.errors import UnknownDomain, ZephyraError
+from cluster.config import Root
+from cluster.errors import ZephyraError
+from cluster.lora.artifacts import Store
 from cluster.lora.peft_format import PackedAdapter, pack
 from cluster.messages import AdapterRef
 
@@ -28,8 +29,8 @@ class Fetched:
 class AdapterShard:
     """Serves one shard's share of the adapters below `root/adapters`."""
 
-    def __init__(self, root: str, max_bytes: int = SHARD_BYTES) -> None:
-        self._folder = Path(root) / "adapters"
+    def __init__(self, root: Root, max_bytes: int = SHARD_BYTES) -> None:
+        self._store = Store(root)
         self._max_bytes = max_bytes
         self._kept: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()
         self._kept_bytes = 0
@@ -43,11 +44,8 @@ class AdapterShard:
         if (kept := self._kept.get(ref)) is not None:
             self._kept.move_to_end(ref)
             return kept
-        folder = self._folder / ref.domain / str(ref.version)
-        if not folder.is_dir():
-            return UnknownDomain(f"There is no adapter {ref}; ask for a version that was published.")
         try:
-            packed = await asyncio.to_thread(pack, folder)
+            packed = await asyncio.to_thread(lambda: pack(self._store.adapter_folder(ref)))
         except ZephyraError as error:
             return error
         self._keep(ref, packed)

@@ -32,7 +32,7 @@ def build(settings: AppSettings) -> Application:
 
 def bind(settings: AppSettings) -> Application:
     """The application, without a look at the root."""
-    root = str(settings.resolved_root())
+    root = settings.resolved_root()
     router = _deployment(Router, "Router", num_cpus=0.1).bind(root)
     shards = [
         _deployment(AdapterShard, f"AdapterShard-{index}", num_cpus=_shard_cpus(settings.shards)).bind(root)

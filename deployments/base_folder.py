@@ -6,8 +6,9 @@ A quantized form lies beside its base, `base/3-int8` beside `base/3`, and is no 
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import AppSettings, Quantization
+from cluster.config import DEFAULT_ROOT, AppSettings, Quantization
 from cluster.errors import InvalidInput, NotTrained
+from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog
 from cluster.lora.store import write_folder
 from cluster.model.base import fingerprint, quantize_base
@@ -43,13 +44,13 @@ def _unquantized(settings: AppSettings) -> Path:
     if (named := settings.resolved_base()) is not None:
         folder = named
     else:
-        root = settings.resolved_root()
-        if (version := Catalog(root).load().base) is None:
+        store = Store(settings.resolved_root())
+        if (version := Catalog(store).load().base) is None:
             raise NotTrained(
-                f"The root {settings.root or settings.base or root.name!r} holds no base; train one with "
+                f"The root {settings.root or settings.base or DEFAULT_ROOT!r} holds no base; train one with "
                 "`zephyra train all`, or name another with root=... or base=...."
             )
-        folder = root / "base" / str(version)
+        folder = store.folder(f"base/{version}")
     if not (folder / "config.json").is_file():
         raise NotTrained(f"There is no model in {settings.base or folder.name!r}; name a folder with a config.json.")
     return folder

@@ -10,12 +10,14 @@ import typer
 from cluster.config import DEFAULT_ROOT, AppSettings, Quantization, absolute
 from cluster.errors import InvalidInput
 from deployments.command_line import STARTER, console, errors_told, root_and_data, run_stage, stage_settings
+from deployments.domains_cli import app as domains_app
 from deployments.router_cli import app as router_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="One base, many experts."
 )
 app.add_typer(router_app, name="router")
+app.add_typer(domains_app, name="domains")
 
 
 @app.command()

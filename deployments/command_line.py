@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from cluster.config import DEFAULT_ROOT, StageSettings, absolute
+from cluster.config import DEFAULT_ROOT, Root, StageSettings, absolute
 from cluster.errors import InvalidInput, StageOrder, ZephyraError
 
 console = Console()
@@ -30,6 +30,11 @@ def errors_told() -> Iterator[None]:
 def root_of(root: str | None) -> Path:
     """The folder that `--root` names; by default the starter's."""
     return Path(root).resolve() if root else absolute(DEFAULT_ROOT)
+
+
+def root_or_bucket(root: str | None) -> Root:
+    """What `--root` names where a bucket will do."""
+    return root if root is not None and "://" in root else root_of(root)
 
 
 def root_and_data(root: str | None, data: str | None) -> tuple[Path, Path]:

@@ -8,9 +8,10 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from cluster.config import Root
 from cluster.errors import DeadlineExceeded, InvalidMixture, ReplicaLost, RouterUnavailable, UnknownDomain, UnknownModel
+from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, CatalogState
 from cluster.messages import (
     SEEDS,
@@ -33,6 +34,9 @@ ROUTER_WAIT_S = 5.0
 
 READY_WAIT_S = 2.0
 """A replica under load says within this that it is well."""
+
+MAX_KNOWN_VERSIONS = 100_000
+"""Older versions that need not be looked for again."""
 
 ROUTED_MODEL, BASE_MODEL = "zephyra", "base"
 
@@ -84,15 +88,16 @@ class Gateway:
     """Turns a `ClientRequest` into an `Answer`. Must be made inside a running event loop."""
 
     def __init__(
-        self, router: calls.Handle, replica: calls.Handle, root: str, router_wait_s: float = ROUTER_WAIT_S
+        self, router: calls.Handle, replica: calls.Handle, root: Root, router_wait_s: float = ROUTER_WAIT_S
     ) -> None:
         self._route = calls.method(router, "route")
         self._route_conversation = calls.method(router, "route_conversation")
         self._check_replica = calls.method(replica, "check_health")
         self._generate = calls.method(replica, "generate", stream=True)
         self._router_wait_s = router_wait_s
-        self._root = Path(root)
-        self._catalog = CatalogFollower(Catalog(self._root))
+        self._store = Store(root)
+        self._catalog = CatalogFollower(Catalog(self._store))
+        self._known_versions: set[AdapterRef] = set()
 
     @property
     def state(self) -> CatalogState:
@@ -101,7 +106,8 @@ class Gateway:
 
     def models(self) -> list[str]:
         """Every name that a request's `model` may have."""
-        return [BASE_MODEL, ROUTED_MODEL, *(f"{ROUTED_MODEL}:{domain}" for domain in sorted(self.state.adapters))]
+        names = sorted({*self.state.adapters, *self.state.aliases})
+        return [BASE_MODEL, ROUTED_MODEL, *(f"{ROUTED_MODEL}:{name}" for name in names)]
 
     async def check_ready(self) -> None:
         """Raise `ReplicaLost` while no base replica is there to answer."""
@@ -139,9 +145,9 @@ class Gateway:
     async def _routing(self, request: ClientRequest) -> Routing:
         domain = self._domain_of_model(request.model)
         if request.mixture is not None:
-            return Routing(self._mixture(request.mixture))
+            return Routing(await self._mixture(request.mixture))
         if domain is not None:
-            return Routing(self._mixture({domain: 1.0}))
+            return Routing(await self._mixture({domain: 1.0}))
         if request.model == BASE_MODEL:
             return Routing(Mixture())
         return await self.route(request.prompt)
@@ -155,25 +161,28 @@ class Gateway:
             raise UnknownModel(f"There is no model {model!r}; the models are: {', '.join(self.models())}.")
         return domain
 
-    def _mixture(self, weights: Mapping[str, float]) -> Mixture:
+    async def _mixture(self, weights: Mapping[str, float]) -> Mixture:
         """The mixture a client asked for, its names resolved. Raises `InvalidMixture` or `UnknownDomain`."""
         check_weights(weights)
         resolved: dict[AdapterRef, float] = {}
         for name, weight in weights.items():
-            ref = self._resolve(name)
+            ref = await self._resolve(name)
             if ref in resolved:
                 raise InvalidMixture(f"The mixture names {ref} twice, once as {name!r}; give each adapter one weight.")
             resolved[ref] = weight
         return Mixture.of(resolved)
 
-    def _resolve(self, name: str) -> AdapterRef:
-        """`domain` as its current version; `domain@version` as itself if it was ever published."""
-        if "@" not in name:
-            return self.state.ref(name)
-        ref = AdapterRef.parse(name)
-        is_current = self.state.adapters.get(ref.domain) == ref.version
-        if not is_current and not (self._root / "adapters" / ref.domain / str(ref.version)).is_dir():
+    async def _resolve(self, name: str) -> AdapterRef:
+        """`domain` or an alias as its current version; `domain@version` or `domain@tag` as that, if published."""
+        ref = self.state.resolve(name)
+        if self.state.adapters.get(ref.domain) == ref.version or ref in self._known_versions:
+            return ref
+        # Asking a bucket takes a while; a version that was there once is there for good.
+        if not await asyncio.to_thread(self._store.has_adapter, ref):
             raise UnknownDomain(f"There is no adapter {ref}; ask for a version that was published.")
+        if len(self._known_versions) >= MAX_KNOWN_VERSIONS:
+            self._known_versions.clear()
+        self._known_versions.add(ref)
         return ref
 
     def _current(self, weights: Mapping[str, float]) -> Mixture:

@@ -4,12 +4,14 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
+from cluster.config import Root
+from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, CatalogState
 from cluster.messages import NONE_DOMAIN, RoutingDecision
+from cluster.router.assembly import RouterAssembly
 from cluster.router.tiny_ada import TinyAda
 from deployments.catalog_follower import CatalogFollower
 
@@ -20,17 +22,18 @@ NOT_ROUTED = RoutingDecision(probabilities={NONE_DOMAIN: 1.0}, weights={})
 
 
 class Router:
-    """Scores prompts with `root/router/<version>`."""
+    """Scores prompts with `root/router/<version>` and the prototypes that lie beside the adapters."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: Root) -> None:
         torch.set_num_threads(1)
-        self._root = Path(root)
-        self._version: int | None = None
+        store = Store(root)
+        self._assembly = RouterAssembly(store)
         self._ada: TinyAda | None = None
+        self._made_of: tuple[object, ...] = ()
         # Scoring a long prompt takes a while; on the event loop it would hold up health checks and other prompts.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tiny-ada")
-        self._catalog = CatalogFollower(Catalog(self._root), self._take)
-        self._load(self._catalog.state.router)
+        self._catalog = CatalogFollower(Catalog(store), self._take)
+        self._load(self._catalog.state)
 
     async def route(self, texts: Sequence[str]) -> list[RoutingDecision]:
         """One decision per text."""
@@ -45,11 +48,22 @@ class Router:
         return await asyncio.get_running_loop().run_in_executor(self._worker, ada.route_conversation, list(turns))
 
     async def _take(self, state: CatalogState) -> None:
-        if state.router != self._version:
-            await asyncio.to_thread(self._load, state.router)
+        if self._parts(state) != self._made_of:
+            await asyncio.to_thread(self._load, state)
 
-    def _load(self, version: int | None) -> None:
+    def _load(self, state: CatalogState) -> None:
         """Swap at the end: prompts go on being scored by the router before until the new one is ready."""
-        self._ada = None if version is None else TinyAda.load(self._root / "router" / str(version))
-        self._version = version
-        logger.info("Routing with router %s.", version)
+        ada = self._assembly.assemble(state)
+        for domain, problem in self._assembly.problems.items():
+            logger.error("The domain %s is not routed: %s", domain, problem)
+        if ada is not None:
+            # The first prompt would otherwise wait for what is prepared once.
+            ada.route([""])
+        self._ada, self._made_of = ada, self._parts(state)
+        logger.info("Routing with router %s: %d domains.", state.router, 0 if ada is None else len(ada.domains))
+
+    @staticmethod
+    def _parts(state: CatalogState) -> tuple[object, ...]:
+        """What the router is made of: a version without prototypes does not change it."""
+        versions = {name: state.adapters[name] for name in state.prototypes}
+        return state.router, state.adapters.keys(), versions, state.prototypes

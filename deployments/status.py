@@ -45,6 +45,7 @@ STATUS: dict[type[errors.ZephyraError], Status] = {
     errors.DeadlineExceeded: Status(504, grpc.StatusCode.DEADLINE_EXCEEDED, "server_error"),
     errors.RouterUnavailable: _TRY_AGAIN,
     errors.AdapterUnavailable: _TRY_AGAIN,
+    errors.StorageUnavailable: _TRY_AGAIN,
     errors.ReplicaLost: _TRY_AGAIN,
 }
 

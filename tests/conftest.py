@@ -2,6 +2,7 @@
 
 import os
 import socket
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def own_root(tmp_path: Path) -> Path:
     return build_root(tmp_path / "root")
+
+
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[dict[str, str]]:
+    # Here, so that only tests of buckets pay for the import.
+    from tests.bucket import emulated_s3
+
+    with emulated_s3() as environment:
+        yield environment
+
+
+@pytest.fixture
+def s3_root(s3_environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty root in a bucket, with a cache of its own."""
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return f"s3://zephyra/{uuid.uuid4().hex}"
 
 
 @dataclass(frozen=True)

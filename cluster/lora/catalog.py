@@ -1,106 +1,74 @@
 """The catalog: which base, domains and router are current. The one source of truth, durable and never overwritten.
 
 `catalog/<number>.json` is a generation: it holds what changed since the one before, and every 32nd the whole state,
-so that reading takes at most 32 files however many domains there are. A generation is created only if absent
-(`os.link` fails on an existing name, also between machines on a shared file system): of two publishers one wins,
-the other starts again from what the winner left.
+so that reading takes at most 32 files however many domains there are. A generation is created only if absent: of two
+publishers one wins, the other starts again from what the winner left.
 """
 
+import hashlib
 import json
-import os
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cluster.errors import CatalogConflict, CorruptArtifact, UnknownDomain
-from cluster.lora.store import sync
-from cluster.messages import AdapterRef, check_domain_name
+from cluster.config import Root
+from cluster.errors import CatalogConflict, CorruptArtifact
+from cluster.lora.artifacts import Store
+from cluster.lora.catalog_state import CatalogState, Change
+
+__all__ = ["Catalog", "CatalogState", "CatalogWatcher", "Change"]
 
 _SNAPSHOT_EVERY = 32
 _ATTEMPTS = 100
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogState:
-    """What was current at one generation; generation 0 is the empty catalog."""
-
-    generation: int = 0
-    base: int | None = None
-    """Version of the base, the folder `base/<version>`."""
-    adapters: Mapping[str, int] = field(default_factory=dict)
-    """Domain to the version of its adapter, the folder `adapters/<domain>/<version>`."""
-    router: int | None = None
-    """Version of the router, the folder `router/<version>`."""
-
-    def ref(self, domain: str) -> AdapterRef:
-        """The current adapter of `domain`. Raises `UnknownDomain`."""
-        if domain not in self.adapters:
-            known = ", ".join(sorted(self.adapters)) or "none yet"
-            raise UnknownDomain(f"There is no domain {domain!r}; the domains are: {known}.")
-        return AdapterRef(domain, self.adapters[domain])
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What one generation changes."""
-
-    base: int | None = None
-    adapters: Mapping[str, int] = field(default_factory=dict)
-    withdrawn: tuple[str, ...] = ()
-    router: int | None = None
-
-    def apply(self, state: CatalogState) -> CatalogState:
-        """The state after this change; a new base withdraws the adapters and the router, which belong to the old."""
-        if self.base is not None:
-            state = replace(state, base=self.base, adapters={}, router=None)
-        kept = {name: version for name, version in state.adapters.items() if name not in self.withdrawn}
-        return replace(
-            state,
-            generation=state.generation + 1,
-            adapters={**kept, **self.adapters},
-            router=self.router if self.router is not None else state.router,
-        )
+_FOLDER = "catalog"
+_MAX_GENERATION_BYTES = 2**30
+_READERS = 8
 
 
 class Catalog:
-    """The generations below `root/catalog`. Cheap to make; holds no state but the path."""
+    """The generations below `root/catalog`. Cheap to make; remembers what it read last, so that the next look is."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._folder = root / "catalog"
+    def __init__(self, root: Root | Store) -> None:
+        self.store = Store.of(root)
+        self._storage = self.store.storage
+        self._last: CatalogState | None = None
 
     def latest(self) -> int:
-        """Number of the newest generation, 0 when there is none. One listing of a folder."""
-        if not self._folder.is_dir():
-            return 0
-        return max((int(f.stem) for f in self._folder.glob("*.json") if f.stem.isdecimal()), default=0)
+        """Number of the newest generation, 0 when there is none.
+
+        One listing the first time. After that it asks whether the next one is there: one small request, however long
+        the history; more only when it is, since generations have no gaps.
+        """
+        if self._last is None:
+            stems = (name.removesuffix(".json") for name in self._storage.names(_FOLDER) if name.endswith(".json"))
+            return max((int(stem) for stem in stems if stem.isdecimal()), default=0)
+        known, step = self._last.generation, 1
+        while self._storage.exists(_name(known + step)):
+            known, step = known + step, step * 2
+        while step > 1:
+            step //= 2
+            if self._storage.exists(_name(known + step)):
+                known += step
+        return known
 
     def load(self) -> CatalogState:
-        """The current state. Raises `CorruptArtifact` when a generation cannot be read."""
+        """The current state; reads what is new since the last look. Raises `CorruptArtifact` if that is damaged."""
         newest = self.latest()
-        changes: list[Change] = []
-        for number in range(newest, 0, -1):
-            change, snapshot = self._read(number)
-            if snapshot is not None:
-                state = snapshot
-                break
-            changes.append(change)
-        else:
-            state = CatalogState()
-        for change in reversed(changes):
-            state = change.apply(state)
+        state = self._last if self._last is not None else CatalogState()
+        if newest != state.generation:
+            for change, snapshot in self._read_back(newest, state.generation):
+                state = snapshot if snapshot is not None else change.apply(state)
+        self._last = state
         return state
 
     def publish(self, change: Change, expected_generation: int | None = None) -> CatalogState:
         """Make `change` the next generation and return the state after it.
 
         With `expected_generation` it raises `CatalogConflict` if the catalog has moved on; without, it is applied to
-        whatever is current. The artifacts it names must have been written before.
+        whatever is current. Raises `InvalidInput` or `UnknownDomain` for a change that cannot be applied to that. The
+        artifacts it names must have been written before.
         """
-        for domain in change.adapters:
-            check_domain_name(domain)
         for _ in range(_ATTEMPTS):
             state = self.load()
             if expected_generation is not None and state.generation != expected_generation:
@@ -108,20 +76,32 @@ class Catalog:
                     f"The catalog is at generation {state.generation}, not {expected_generation}; "
                     "look at what changed and publish again."
                 )
-            for domain in change.withdrawn:
-                state.ref(domain)
+            change.check(state)
             after = change.apply(state)
             if self._create(after, change):
+                self._last = after
                 return after
         raise CatalogConflict(f"Others published {_ATTEMPTS} times while this publish was tried; try again.")
+
+    def _read_back(self, newest: int, known: int) -> list[tuple[Change, CatalogState | None]]:
+        """The generations after `known` that the newest state is made of, the oldest first: none before a snapshot."""
+        start = max(known, newest - newest % _SNAPSHOT_EVERY - 1, 0)
+        numbers = range(start + 1, newest + 1)
+        if len(numbers) == 1:
+            return [self._read(newest)]
+        # From a bucket each takes its time.
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(self._read, numbers))
 
     def _read(self, number: int) -> tuple[Change, CatalogState | None]:
         """What a generation changed, and the whole state where it holds one."""
         try:
-            content = json.loads((self._folder / f"{number}.json").read_text())
+            content = json.loads(self._storage.read(_name(number), _MAX_GENERATION_BYTES))
+            if content.pop("sha256") != _sha256(content):
+                raise ValueError("it is not what was published")
             change = Change(**{**content["change"], "withdrawn": tuple(content["change"]["withdrawn"])})
             return change, CatalogState(generation=number, **content["state"]) if "state" in content else None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             # An OSError's own text names the path, which is nobody's business outside.
             why = error.strerror if isinstance(error, OSError) else error
             raise CorruptArtifact(
@@ -129,30 +109,20 @@ class Catalog:
             ) from error
 
     def _create(self, after: CatalogState, change: Change) -> bool:
-        content: dict[str, Any] = {
-            "change": {
-                "base": change.base,
-                "adapters": dict(change.adapters),
-                "withdrawn": list(change.withdrawn),
-                "router": change.router,
-            }
-        }
+        # The id makes each writer's content its own: a bucket may ask whether what is there is what was sent.
+        content: dict[str, Any] = {"id": uuid.uuid4().hex, "change": change.as_json()}
         if after.generation % _SNAPSHOT_EVERY == 0:
-            content["state"] = {"base": after.base, "adapters": dict(after.adapters), "router": after.router}
-        self._folder.mkdir(parents=True, exist_ok=True)
-        draft = self._folder / f".draft-{uuid.uuid4().hex}"
-        with draft.open("w") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(draft, self._folder / f"{after.generation}.json")
-        except FileExistsError:
-            return False
-        finally:
-            draft.unlink()
-        sync(self._folder)
-        return True
+            content["state"] = after.as_json()
+        content["sha256"] = _sha256(content)
+        return self._storage.create(_name(after.generation), json.dumps(content).encode())
+
+
+def _name(number: int) -> str:
+    return f"{_FOLDER}/{number}.json"
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class CatalogWatcher:
@@ -164,9 +134,10 @@ class CatalogWatcher:
         self.state = catalog.load()
 
     def poll(self) -> CatalogState:
-        """Look once; meant to be called every 250 ms. Costs one listing when nothing changed."""
-        if self._catalog.latest() != self.state.generation:
-            self.state = self._catalog.load()
+        """Look once; meant to be called every 250 ms. Costs one question when nothing changed."""
+        state = self._catalog.load()
+        if state is not self.state:
+            self.state = state
             if self._on_change is not None:
                 self._on_change(self.state)
         return self.state

@@ -1,25 +1,127 @@
-"""Versioned folders that are complete or absent. Knows nothing of what is written into them.
+"""Where artifacts lie: below a local folder or in a bucket, behind one interface. Knows nothing of what they hold.
 
-`parent/1`, `parent/2`, ... each written beside its place and renamed into it: a reader never sees half a version,
-and a version never changes afterwards.
+Everything is written once. A file is created only if absent, and of several who create the same one wins; a version is
+a folder of files that is complete or absent, and never changes.
 """
 
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
+
+from cluster.config import Root
+from cluster.errors import CorruptArtifact, InvalidInput
+from cluster.lora.checksums import check_name, write_checksums
+
+
+class Storage(Protocol):
+    """One root. Names are paths below it, with slashes."""
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """A whole file. Raises `FileNotFoundError`, or `CorruptArtifact` when it is longer than `max_bytes`."""
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file unless it is there already; then False, and what is there stays."""
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def names(self, folder: str) -> list[str]:
+        """The files and folders directly below `folder`, hidden ones left out; none if it is not there."""
+
+    def write_version(self, parent: str, write: Callable[[Path], None]) -> int:
+        """Have `write` fill a new folder, then publish it as the next version below `parent` and return its number.
+
+        Whatever goes wrong in `write` leaves the root as it was. Two writers at once get different numbers.
+        """
+
+    def folder(self, name: str) -> Path:
+        """The local folder of a version, on a bucket fetched on first use. Raises `FileNotFoundError`."""
+
+
+def open_storage(root: Root) -> Storage:
+    """The storage of a folder, or of a URI: file://, s3://, gs:// or az://. Raises `InvalidInput` for another."""
+    if isinstance(root, Path):
+        return LocalStorage(root)
+    scheme, separator, rest = root.partition("://")
+    if not separator:
+        return LocalStorage(Path(root))
+    if scheme == "file":
+        return LocalStorage(Path("/") / rest.lstrip("/"))
+    if scheme not in ("s3", "gs", "az"):
+        raise InvalidInput(
+            f"The root {root!r} is neither a folder nor a bucket: expected file, s3, gs or az before ://."
+        )
+    # Here, so that a root on this machine does not pay for importing the library.
+    from cluster.lora.bucket import open_bucket
+
+    return open_bucket(root)
+
+
+class LocalStorage:
+    """A folder on this machine, or on a file system that several share."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def path(self, name: str) -> Path:
+        """The path of `name`. Raises `CorruptArtifact` if a link on its way leads out of the root."""
+        path = self._root / check_name(name)
+        if not path.resolve().is_relative_to(self._root.resolve()):
+            raise CorruptArtifact(f"{name} is a link out of the root; put the files themselves there.")
+        return path
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        with self.path(name).open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
+                raise CorruptArtifact(f"{name} is no file of at most {max_bytes} bytes; restore it.")
+            return file.read(max_bytes)
+
+    def create(self, name: str, content: bytes) -> bool:
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.parent / f".draft-{uuid.uuid4().hex}"
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            # Fails on an existing name, also between machines on a shared file system.
+            os.link(draft, path)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink()
+        sync(path.parent)
+        return True
+
+    def exists(self, name: str) -> bool:
+        return self.path(name).is_file()
+
+    def names(self, folder: str) -> list[str]:
+        path = self.path(folder)
+        return [entry for entry in os.listdir(path) if not entry.startswith(".")] if path.is_dir() else []
+
+    def write_version(self, parent: str, write: Callable[[Path], None]) -> int:
+        return write_version(self.path(parent), write)
+
+    def folder(self, name: str) -> Path:
+        path = self.path(name)
+        if not path.is_dir():
+            raise FileNotFoundError(2, "No such version", name)
+        return path
 
 
 def write_version(parent: Path, write: Callable[[Path], None]) -> int:
-    """Have `write` fill a new folder, then publish it as the next version below `parent` and return its number.
-
-    Whatever goes wrong in `write` leaves `parent` as it was. Two writers at once get different numbers.
-    """
+    """`Storage.write_version` below a local folder."""
     with _written_beside(parent, write) as draft:
         while True:
-            version = max((int(f.name) for f in parent.iterdir() if f.name.isdecimal()), default=0) + 1
+            version = next_version(entry.name for entry in parent.iterdir())
             try:
                 draft.rename(parent / str(version))
             except OSError:
@@ -28,6 +130,11 @@ def write_version(parent: Path, write: Callable[[Path], None]) -> int:
                 continue
             sync(parent)
             return version
+
+
+def next_version(names: Iterator[str]) -> int:
+    """One more than the largest number among `names`."""
+    return max((int(name) for name in names if name.isdecimal()), default=0) + 1
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -45,12 +152,13 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def _written_beside(parent: Path, write: Callable[[Path], None]) -> Iterator[Path]:
-    """A draft below `parent`, filled and on the disk, to be renamed; gone if anything goes wrong."""
+    """A draft below `parent`, filled, with its checksums and on the disk, to be renamed; gone if anything fails."""
     parent.mkdir(parents=True, exist_ok=True)
     draft = parent / f".draft-{uuid.uuid4().hex}"
     draft.mkdir()
     try:
         write(draft)
+        write_checksums(draft)
         for file in draft.rglob("*"):
             if file.is_file():
                 sync(file)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jinja2
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cluster.config import Quantization
 from cluster.errors import InvalidInput, NotTrained
@@ -79,6 +79,14 @@ def quantize_base(source: Path, folder: Path, quantization: Quantization) -> Non
     if is_quantized(source):
         raise InvalidInput(f"The base in {source.name!r} is quantized already; quantize the one it was made of.")
     save_quantized(_load_float(source, "auto"), quantization, source, fingerprint(source), folder)
+
+
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The float base in `folder` without its weights: the names and shapes of its layers, at no cost of memory."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
 
 
 def _load_float(folder: Path, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:

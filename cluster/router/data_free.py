@@ -59,8 +59,12 @@ def with_data_free_domain(ada: TinyAda, name: str, words: Sequence[str]) -> Tiny
 
     Raises `InvalidInput` as `TinyAda.with_domain` does.
     """
-    examples = [" ".join(words[i : i + WORDS_PER_EXAMPLE]) for i in range(0, len(words), WORDS_PER_EXAMPLE)]
-    return ada.with_domain(name, examples, is_data_free=True)
+    return ada.with_domain(name, as_examples(words), is_data_free=True)
+
+
+def as_examples(words: Sequence[str]) -> list[str]:
+    """`words` joined to what stands for prompts."""
+    return [" ".join(words[i : i + WORDS_PER_EXAMPLE]) for i in range(0, len(words), WORDS_PER_EXAMPLE)]
 
 
 def _reactions(weights: AdapterWeights, embeddings_TI: Tensor) -> Tensor:

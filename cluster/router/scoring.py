@@ -19,6 +19,9 @@ from cluster.kernels import library as native
 ONE = 2**15
 """What 1 is in fixed point. A sum of products stays below 2^31 as long as the lengths' product does below 2."""
 
+MAX_LENGTH = 1.4
+"""Of a row and of a key."""
+
 _AT_ONCE = 256
 
 
@@ -34,7 +37,7 @@ class FixedPrototypes:
 
     @classmethod
     def of(cls, prototypes_DPV: Tensor, num_prototypes_D: Tensor) -> Self:
-        """Of vectors of length 1.4 at most; of each domain's rows those beyond its number are padding."""
+        """Of vectors of `MAX_LENGTH` at most; of each domain's rows those beyond its number are padding."""
         starts = torch.nn.functional.pad(num_prototypes_D.cumsum(0), (1, 0))
         rows_RV = _room(int(starts[-1]), prototypes_DPV.shape[2])
         kept_DP = torch.arange(prototypes_DPV.shape[1]) < num_prototypes_D[:, None]
@@ -53,7 +56,7 @@ class FixedPrototypes:
         )
 
     def logits(self, keys_BV: Tensor, sharpness: float) -> Tensor:
-        """[B, D]: the log of the mean over a domain's rows of exp(sharpness * product), for keys of length 1.4 at most.
+        """[B, D]: the log of the mean over a domain's rows of exp(sharpness * product), for keys of about `MAX_LENGTH`.
 
         Mostly within 3e-4 of what vectors and keys that are not rounded would give.
         """

@@ -1,38 +1,45 @@
 """What a stage needs from the stages before: the published base, adapters and router of a root."""
 
-from pathlib import Path
-
 import torch
 
+from cluster.config import Root
 from cluster.errors import CatalogConflict, StageOrder
+from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, CatalogState, Change
 from cluster.lora.peft_format import pack, unpack
 from cluster.lora.weights import AdapterWeights
 from cluster.messages import AdapterRef
 from cluster.model.base import Base, load_base
+from cluster.router.assembly import RouterAssembly
 from cluster.router.tiny_ada import TinyAda
 
 
-def published_base(root: Path, state: CatalogState) -> Base:
+def published_base(root: Root | Store, state: CatalogState) -> Base:
     """The current base. Raises `StageOrder` when none has been published."""
     if state.base is None:
-        raise StageOrder(f"{root} holds no base yet; run stage 'base' first, or `zephyra train all`.")
-    return load_base(root / "base" / str(state.base))
+        raise StageOrder(f"{_named(root)} holds no base yet; run stage 'base' first, or `zephyra train all`.")
+    return load_base(Store.of(root).folder(f"base/{state.base}"))
 
 
-def published_adapter(root: Path, ref: AdapterRef) -> AdapterWeights:
+def published_adapter(root: Root | Store, ref: AdapterRef) -> AdapterWeights:
     """The factors of one published version, in float32."""
-    return unpack(pack(root / "adapters" / ref.domain / str(ref.version)), torch.float32)
+    return unpack(pack(Store.of(root).adapter_folder(ref)), torch.float32)
 
 
-def published_router(root: Path, state: CatalogState) -> TinyAda:
-    """The current router. Raises `StageOrder` when none has been published."""
+def trained_router(root: Root | Store, state: CatalogState) -> TinyAda:
+    """The current router as it was trained. Raises `StageOrder` when none has been published."""
     if state.router is None:
-        raise StageOrder(f"{root} holds no router yet; run `zephyra router train`, or `zephyra train all`.")
-    return TinyAda.load(root / "router" / str(state.router))
+        raise StageOrder(f"{_named(root)} holds no router yet; run `zephyra router train`, or `zephyra train all`.")
+    return TinyAda.load(Store.of(root).folder(f"router/{state.router}"))
 
 
-def publish_for_base(catalog: Catalog, change: Change, base: int | None) -> None:
+def published_router(root: Root | Store, state: CatalogState) -> TinyAda:
+    """The router as it is served: with the domains added since, without those withdrawn. Raises as `trained_router`."""
+    router = RouterAssembly(Store.of(root)).assemble(state)
+    return router if router is not None else trained_router(root, state)
+
+
+def publish_for_base(catalog: Catalog, change: Change, base: int | None) -> CatalogState:
     """Publish what belongs to one version of the base. Raises `CatalogConflict` if that is no longer the current one.
 
     What others published meanwhile for the same base is kept.
@@ -42,13 +49,16 @@ def publish_for_base(catalog: Catalog, change: Change, base: int | None) -> None
         if state.base != base:
             raise CatalogConflict(f"The base is now version {state.base}, this was trained on {base}; train it again.")
         try:
-            catalog.publish(change, expected_generation=state.generation)
+            return catalog.publish(change, expected_generation=state.generation)
         except CatalogConflict:
             continue
-        return
 
 
-def require_adapters(root: Path, state: CatalogState) -> None:
+def require_adapters(root: Root | Store, state: CatalogState) -> None:
     """Raise `StageOrder` when no adapter has been published."""
     if not state.adapters:
-        raise StageOrder(f"{root} holds no adapters yet; run stage 'adapters' first.")
+        raise StageOrder(f"{_named(root)} holds no adapters yet; run stage 'adapters' first.")
+
+
+def _named(root: Root | Store) -> str:
+    return "The root" if isinstance(root, Store) else str(root)

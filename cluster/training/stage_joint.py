@@ -18,7 +18,7 @@ from cluster.lora.catalog import Catalog, CatalogState, Change
 from cluster.messages import NONE_DOMAIN
 from cluster.model.base import Base
 from cluster.router.tiny_ada import TinyAda
-from cluster.training.artifacts import published_adapter, published_base, published_router, require_adapters
+from cluster.training.artifacts import published_adapter, published_base, require_adapters, trained_router
 from cluster.training.data import DataSet, Row, collate, encode, read_data
 from cluster.training.language_model import batch_loss, mean_loss
 from cluster.training.optimization import Optimizer, load_checkpoint, save_checkpoint
@@ -86,7 +86,7 @@ def _load(settings: StageSettings, state: CatalogState) -> _System:
     options = settings.recipe.adapters
     base = published_base(settings.root, state)
     require_adapters(settings.root, state)
-    router = published_router(settings.root, state)
+    router = trained_router(settings.root, state)
     adapters = TrainableAdapters(base.model, router.domains, options.rank, options.alpha, settings.recipe.seed)
     for domain in router.domains:
         adapters.load(domain, published_adapter(settings.root, state.ref(domain)))

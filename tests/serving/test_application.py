@@ -11,7 +11,7 @@ from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import CHECKOUT, AppSettings
-from cluster.errors import InvalidInput, NotTrained, PortTaken
+from cluster.errors import CorruptArtifact, InvalidInput, NotTrained, PortTaken
 from cluster.lora.catalog import Catalog, Change
 from deployments import app
 from deployments.application import bind, build, check_packages
@@ -58,7 +58,7 @@ def test_a_root_without_a_base_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(NotTrained, match="zephyra train all"):
         build(AppSettings(root=str(tmp_path)))
     Catalog(tmp_path).publish(Change(base=1))
-    with pytest.raises(NotTrained, match=r"config\.json"):
+    with pytest.raises(CorruptArtifact, match="no base/1 in the root"):
         build(AppSettings(root=str(tmp_path)))
     with pytest.raises(NotTrained, match="nowhere"):
         build(AppSettings(base="artifacts/nowhere"))

@@ -107,17 +107,26 @@ def test_serving_what_was_not_written_says_the_command(own_root):
         base_folder(AppSettings(base=str(own_root / "base" / "1-int8"), quantization="int4"))
 
 
-def test_weights_that_changed_since_are_noticed(own_root):
-    quantize("--bits", 8, "--root", own_root)
+def test_weights_that_changed_since_are_noticed(own_root, tmp_path):
+    mine = shutil.copytree(own_root / "base" / "1", tmp_path / "models" / "mine")
+    quantize("--bits", 8, "--base", mine)
+    settings = AppSettings(base=str(mine), quantization="int8")
+    config = mine / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rope_theta": 5_000.0}))
+    with pytest.raises(InvalidInput, match="'mine-int8' was made of other weights than 'mine' holds now; remove it"):
+        base_folder(settings)
+    done = quantize("--bits", 8, "--base", mine)
+    assert "holds something else" in " ".join(done.stderr.split())
+    (tmp_path / "models" / "mine-int8" / "quantization.json").write_text("{")
+    with pytest.raises(CorruptArtifact, match=r"no quantization\.json that can be read"):
+        base_folder(settings)
+
+
+def test_a_published_base_that_changed_is_not_served(own_root):
     config = own_root / "base" / "1" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "rope_theta": 5_000.0}))
-    with pytest.raises(InvalidInput, match="'1-int8' was made of other weights than '1' holds now; remove it"):
-        base_folder(settings_of(own_root, "int8"))
-    done = quantize("--bits", 8, "--root", own_root)
-    assert "holds something else" in " ".join(done.stderr.split())
-    (own_root / "base" / "1-int8" / "quantization.json").write_text("{")
-    with pytest.raises(CorruptArtifact, match=r"no quantization\.json that can be read"):
-        base_folder(settings_of(own_root, "int8"))
+    with pytest.raises(CorruptArtifact, match=r"config\.json of base/1 is not what was published"):
+        base_folder(settings_of(own_root))
 
 
 @pytest.mark.anyio

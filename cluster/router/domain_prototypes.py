@@ -1,0 +1,152 @@
+"""The prototypes of one domain as a file of their own, beside its adapter, and the router that many such files make.
+
+A file belongs to the version of the router whose encoder made its rows; under another they mean nothing, and are made
+again from the domain's examples. Letters: P prototypes of a domain, D domains, V width of a prototype.
+"""
+
+import copy
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from cluster.errors import CorruptArtifact, InvalidData
+from cluster.lora.safetensors_header import check_header
+from cluster.router.scoring import MAX_LENGTH
+from cluster.router.tiny_ada import TinyAda
+
+PROTOTYPES_FILE, EXAMPLES_FILE = "prototypes.safetensors", "examples.jsonl"
+MAX_PROTOTYPES_BYTES = 2**24
+MAX_EXAMPLES_BYTES = 2**24
+MAX_EXAMPLES = 10_000
+MAX_EXAMPLE_CHARACTERS = 100_000
+
+_HEADER = "zephyra"
+
+
+@dataclass(frozen=True, slots=True)
+class DomainPrototypes:
+    """What the router knows of one domain."""
+
+    rows_PV: Tensor
+    offset: float
+    """Added to the domain's logit."""
+    router: int
+    """Version of the router whose encoder made the rows."""
+    is_data_free: bool
+    """Made from words of the adapter, not from examples that somebody gave."""
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        header = {"format": 1, "router": self.router, "data_free": self.is_data_free}
+        tensors = {"rows": self.rows_PV.contiguous(), "offset": torch.tensor(self.offset)}
+        return safetensors.torch.save(tensors, metadata={_HEADER: json.dumps(header)})
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "DomainPrototypes":
+        """The inverse of `to_bytes`. Raises `CorruptArtifact` for anything else."""
+        try:
+            metadata = check_header(content, len(content)).metadata
+            header = json.loads(metadata[_HEADER])
+            tensors = safetensors.torch.load(content)
+            rows_PV, offset = tensors["rows"], float(tensors["offset"])
+            if header["format"] != 1 or rows_PV.ndim != 2 or not len(rows_PV) or rows_PV.dtype != torch.float32:
+                raise ValueError(f"format {header['format']}, rows {rows_PV.dtype} {tuple(rows_PV.shape)}")
+            if not (torch.isfinite(rows_PV).all() and torch.isfinite(tensors["offset"])):
+                raise ValueError("NaN or infinity")
+            if (longest := float(torch.linalg.vector_norm(rows_PV, dim=1).max())) > MAX_LENGTH:
+                raise ValueError(f"a row of length {longest:.3g}, expected at most {MAX_LENGTH}")
+            return cls(rows_PV, offset, int(header["router"]), bool(header["data_free"]))
+        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise CorruptArtifact(f"The prototypes cannot be read ({error}); add the domain again.") from error
+
+
+def prototypes_from_examples(
+    ada: TinyAda, router: int, name: str, examples: Sequence[str], is_data_free: bool = False
+) -> DomainPrototypes:
+    """What `ada`, version `router`, learns of `name` from its examples. Raises `InvalidInput` as `with_domain` does."""
+    known = ada.without_domain(name) if name in ada.domains else ada
+    grown = known.with_domain(name, examples, is_data_free=is_data_free)
+    index, head = grown.domains.index(name), grown.head
+    rows_PV = head.prototypes_DPV[index, : int(head.num_prototypes_D[index])].clone()
+    return DomainPrototypes(rows_PV, float(head.offsets_D[index]), router, is_data_free)
+
+
+@torch.no_grad()
+def with_prototypes(ada: TinyAda, added: Mapping[str, DomainPrototypes], removed: Collection[str]) -> TinyAda:
+    """`ada` without the domains `removed` and with those `added`, in place of its own rows where it knows the domain.
+
+    All at once: the rows are copied once, however many domains come or go. The encoder is shared with `ada`. Raises
+    `CorruptArtifact` for rows of another width.
+    """
+    head = ada.head
+    kept = [index for index, name in enumerate(ada.domains) if name not in removed and name not in added]
+    names = sorted([ada.domains[index] for index in kept] + list(added))
+    width = head.prototypes_DPV.shape[2]
+    for name, given in added.items():
+        if given.rows_PV.shape[1] != width:
+            raise CorruptArtifact(
+                f"The prototypes of {name!r} have {given.rows_PV.shape[1]} numbers, the router's have {width}; add the "
+                "domain again."
+            )
+    num_rows = max([head.prototypes_DPV.shape[1], *(len(given.rows_PV) for given in added.values())])
+    prototypes_DPV = head.prototypes_DPV.new_zeros(len(names), num_rows, width)
+    counts_D = head.num_prototypes_D.new_ones(len(names))
+    offsets_D = head.offsets_D.new_zeros(len(names))
+    place = {name: index for index, name in enumerate(names)}
+    if kept:
+        where = torch.tensor([place[ada.domains[index]] for index in kept])
+        prototypes_DPV[where, : head.prototypes_DPV.shape[1]] = head.prototypes_DPV[kept]
+        counts_D[where], offsets_D[where] = head.num_prototypes_D[kept], head.offsets_D[kept]
+    if added:
+        where = torch.tensor([place[name] for name in added])
+        counts = torch.tensor([len(given.rows_PV) for given in added.values()])
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        row = torch.arange(len(first)) - first
+        # Ten thousand domains in one copy, not ten thousand copies.
+        prototypes_DPV[where.repeat_interleave(counts), row] = torch.cat([given.rows_PV for given in added.values()])
+        counts_D[where], offsets_D[where] = counts, torch.tensor([given.offset for given in added.values()])
+    shared = (ada.encoder, head.prototypes_DPV)
+    made = copy.deepcopy(ada, {id(part): part for part in shared})
+    made.domains = tuple(names)
+    made.head.prototypes_DPV, made.head.num_prototypes_D, made.head.offsets_D = prototypes_DPV, counts_D, offsets_D
+    guesses = {name for name, given in added.items() if given.is_data_free}
+    made.data_free = frozenset((ada.data_free & {ada.domains[index] for index in kept}) | guesses)
+    return made
+
+
+def examples_to_bytes(examples: Sequence[str]) -> bytes:
+    """JSON lines, `{"prompt": ...}` each."""
+    return "".join(f"{json.dumps({'prompt': text}, ensure_ascii=False)}\n" for text in examples).encode()
+
+
+def examples_from_bytes(content: bytes, is_json: bool = True) -> list[str]:
+    """Prompts: a JSON string or `{"prompt": ...}` per line, or a line of text each; empty lines are passed over.
+
+    Raises `InvalidData` for anything else, for none at all, or for too many or too long ones.
+    """
+    try:
+        lines = content.decode().splitlines() if not is_json else content.decode().split("\n")
+        given = [line for line in lines if line.strip()]
+        examples = [_prompt(json.loads(line)) for line in given] if is_json else given
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidData(
+            f"The examples cannot be read ({error}); expected UTF-8, a prompt per line, in .jsonl as {{'prompt': ...}}."
+        ) from error
+    if not 0 < len(examples) <= MAX_EXAMPLES:
+        raise InvalidData(f"There are {len(examples)} examples; expected between 1 and {MAX_EXAMPLES}.")
+    if (longest := max(map(len, examples))) > MAX_EXAMPLE_CHARACTERS:
+        raise InvalidData(f"An example has {longest} characters; expected at most {MAX_EXAMPLE_CHARACTERS}.")
+    return examples
+
+
+def _prompt(line: Any) -> str:
+    text = line if isinstance(line, str) else line["prompt"]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"a prompt is {text!r}")
+    return text

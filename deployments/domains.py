@@ -1,0 +1,243 @@
+"""What can be done to the domains of a root while it is served: list, show, add, withdraw, roll back, name.
+
+Every wire calls these. Each checks all it can before it writes, and writes files before the catalog's generation.
+"""
+
+import hashlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.errors import IncompatibleAdapter, InvalidInput, StageOrder, UnknownDomain, ZephyraError
+from cluster.lora.artifacts import Store
+from cluster.lora.catalog import Catalog, CatalogState, Change
+from cluster.lora.foreign import MAX_CONFIG_BYTES, read_handed_in, write_handed_in
+from cluster.lora.peft_format import PackedAdapter, unpack
+from cluster.lora.weights import AdapterWeights, adaptable_layers
+from cluster.messages import AdapterRef, check_domain_name
+from cluster.model.base import fingerprint, load_base, skeleton
+from cluster.router.assembly import RouterAssembly
+from cluster.router.data_free import as_examples, words_of_adapter
+from cluster.router.domain_prototypes import (
+    EXAMPLES_FILE,
+    PROTOTYPES_FILE,
+    DomainPrototypes,
+    examples_to_bytes,
+    prototypes_from_examples,
+)
+from cluster.training.artifacts import publish_for_base, trained_router
+
+_READERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DomainInfo:
+    """One domain as it is served."""
+
+    name: str
+    version: int
+    rank: int | None
+    """None when the version cannot be read."""
+    num_bytes: int
+    """Of all the files of the version."""
+    num_prototypes: int
+    """0 for a domain that the router never picks: it answers by its name alone."""
+    is_data_free: bool
+    tags: tuple[str, ...]
+    """As `stable=3`."""
+    aliases: tuple[str, ...]
+    problem: str | None = None
+    """Why it cannot be served or routed."""
+
+
+@dataclass(frozen=True, slots=True)
+class DomainHistory:
+    """One domain and all that was ever written of it."""
+
+    current: DomainInfo
+    versions: tuple[int, ...]
+    files: tuple[str, ...]
+    """Of the current version, each with its bytes."""
+
+
+class Domains:
+    """The operations on one root. Not for the event loop: they read and write files, or ask a bucket."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._catalog = Catalog(store)
+        self._assembly = RouterAssembly(store)
+
+    def all(self) -> list[DomainInfo]:
+        """Every current domain, by name."""
+        state = self._catalog.load()
+        return self._infos(state, sorted(state.adapters))
+
+    def show(self, name: str) -> DomainHistory:
+        """One domain, or the one that an alias names. Raises `UnknownDomain`."""
+        state = self._catalog.load()
+        ref = state.ref(name)
+        (info,) = self._infos(state, [ref.domain])
+        files = tuple(f"{file} ({entry.num_bytes:,} bytes)" for file, entry in self._store.adapter_files(ref).items())
+        return DomainHistory(info, tuple(self._store.adapter_versions(ref.domain)), files)
+
+    def add(
+        self,
+        name: str,
+        adapter: Path,
+        examples: Sequence[str] = (),
+        is_data_free: bool = False,
+        expected_generation: int | None = None,
+    ) -> AdapterRef:
+        """Publish the adapter in `adapter`, a folder that PEFT saved, as the next version of `name`.
+
+        The router learns the domain from `examples`; without any, from words of the adapter if `is_data_free`, else not
+        at all. Raises the `ZephyraError` that says what is wrong with any of it, and then nothing has been published.
+        """
+        check_domain_name(name)
+        if examples and is_data_free:
+            raise InvalidInput(
+                f"There are {len(examples)} examples of {name!r}, so it is not data-free; give one of both."
+            )
+        state = self._catalog.load()
+        Change(adapters={name: 1}).check(state)
+        base = self._base_folder(state)
+        packed = read_handed_in(adapter, fingerprint(base))
+        weights = unpack(packed, torch.float32)
+        weights.check_fits(adaptable_layers(skeleton(base)), packed.base_fingerprint)
+        if is_data_free:
+            examples = _words(base, weights)
+        prototypes = self._prototypes(state, name, examples, is_data_free) if examples else None
+        change = self._write(name, packed, examples, prototypes)
+        self._publish(change, state, expected_generation)
+        return AdapterRef(name, change.adapters[name])
+
+    def remove(self, name: str, expected_generation: int | None = None) -> CatalogState:
+        """Withdraw a domain: no new request gets it, those in flight end with it, and its files stay.
+
+        Raises `UnknownDomain`.
+        """
+        return self._catalog.publish(Change(withdrawn=(name,)), expected_generation)
+
+    def rollback(self, name: str, version: int | None = None, expected_generation: int | None = None) -> AdapterRef:
+        """Make an earlier version current again, by default the newest before the current one.
+
+        With its version given, a domain that was withdrawn comes back. Raises `UnknownDomain` when there is no such
+        version, `IncompatibleAdapter` when it belongs to another base.
+        """
+        state = self._catalog.load()
+        if version is not None and name in state.withdrawn:
+            ref = AdapterRef(name, version)
+        else:
+            current = state.ref(name)
+            ref = AdapterRef(current.domain, self._before(current) if version is None else version)
+        files = self._store.adapter_files(ref)
+        ours = json.loads((self._store.adapter_folder(ref) / "zephyra.json").read_text())
+        if ours["base_fingerprint"] != (served := fingerprint(self._base_folder(state))):
+            raise IncompatibleAdapter(f"{ref} was trained on base {ours['base_fingerprint']}, this is base {served}.")
+        prototypes = {ref.domain: files[PROTOTYPES_FILE].sha256} if PROTOTYPES_FILE in files else {}
+        self._publish(Change(adapters={ref.domain: ref.version}, prototypes=prototypes), state, expected_generation)
+        return ref
+
+    def set_alias(self, alias: str, domain: str | None) -> CatalogState:
+        """Let `alias` name a domain too, or nothing any more. Raises `InvalidInput` or `UnknownDomain`."""
+        return self._catalog.publish(Change(aliases={alias: domain}))
+
+    def set_tag(self, domain: str, tag: str, version: int | None) -> CatalogState:
+        """Let `domain@tag` mean a version, or nothing any more. Raises `InvalidInput` or `UnknownDomain`."""
+        if version is not None and not self._store.has_adapter(AdapterRef(domain, version)):
+            raise UnknownDomain(f"There is no adapter {domain}@{version}; tag a version that was published.")
+        return self._catalog.publish(Change(tags={domain: {tag: version}}))
+
+    def _before(self, current: AdapterRef) -> int:
+        earlier = [number for number in self._store.adapter_versions(current.domain) if number < current.version]
+        if not earlier:
+            raise UnknownDomain(f"There is no version of {current.domain!r} before {current.version}.")
+        return earlier[-1]
+
+    def _write(
+        self, name: str, packed: PackedAdapter, examples: Sequence[str], prototypes: DomainPrototypes | None
+    ) -> Change:
+        """Write the domain's next version; what is to be published then."""
+        kept = {"added_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_examples": len(examples)}
+        rows = None if prototypes is None else prototypes.to_bytes()
+
+        def write(folder: Path) -> None:
+            write_handed_in(folder, packed, kept)
+            if rows is not None:
+                (folder / PROTOTYPES_FILE).write_bytes(rows)
+                (folder / EXAMPLES_FILE).write_bytes(examples_to_bytes(examples))
+
+        version = self._store.write_version(f"adapters/{name}", write)
+        named = {} if rows is None else {name: hashlib.sha256(rows).hexdigest()}
+        return Change(adapters={name: version}, prototypes=named)
+
+    def _publish(self, change: Change, state: CatalogState, expected_generation: int | None) -> None:
+        if expected_generation is None:
+            publish_for_base(self._catalog, change, state.base)
+        else:
+            self._catalog.publish(change, expected_generation)
+
+    def _prototypes(
+        self, state: CatalogState, name: str, examples: Sequence[str], is_data_free: bool
+    ) -> DomainPrototypes:
+        router = trained_router(self._store, state)
+        assert state.router is not None
+        return prototypes_from_examples(router, state.router, name, examples, is_data_free)
+
+    def _base_folder(self, state: CatalogState) -> Path:
+        if state.base is None:
+            raise StageOrder("The root holds no base yet; run `zephyra train base` first, or `zephyra train all`.")
+        return self._store.folder(f"base/{state.base}")
+
+    def _infos(self, state: CatalogState, names: Sequence[str]) -> list[DomainInfo]:
+        router = self._assembly.assemble(state)
+        rows = {} if router is None else dict(zip(router.domains, router.head.num_prototypes_D.tolist(), strict=True))
+        guesses = frozenset() if router is None else router.data_free
+        aliases: defaultdict[str, list[str]] = defaultdict(list)
+        for alias, domain in sorted(state.aliases.items()):
+            aliases[domain].append(alias)
+
+        def info(name: str) -> DomainInfo:
+            rank, num_bytes, problem = self._files(state.ref(name))
+            tags = tuple(f"{tag}={version}" for tag, version in sorted(state.tags.get(name, {}).items()))
+            problem = self._assembly.problems.get(name, problem)
+            return DomainInfo(
+                name,
+                state.adapters[name],
+                rank,
+                num_bytes,
+                rows.get(name, 0),
+                name in guesses,
+                tags,
+                tuple(aliases[name]),
+                problem,
+            )
+
+        # From a bucket each takes its time.
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(info, names))
+
+    def _files(self, ref: AdapterRef) -> tuple[int | None, int, str | None]:
+        """Rank, bytes, and what is wrong with a version, without reading its factors."""
+        try:
+            files = self._store.adapter_files(ref)
+            num_bytes = sum(file.num_bytes for file in files.values())
+            file = "adapter_config.json"
+            config = self._store.adapter_file(ref, file, files[file].sha256, MAX_CONFIG_BYTES)
+            return int(json.loads(config)["r"]), num_bytes, None
+        except (ZephyraError, ValueError, KeyError, TypeError) as error:
+            return None, 0, str(error)
+
+
+def _words(base_folder: Path, weights: AdapterWeights) -> list[str]:
+    base = load_base(base_folder)
+    embeddings_TI = base.model.get_input_embeddings().weight
+    assert isinstance(embeddings_TI, torch.Tensor)
+    return as_examples(words_of_adapter(weights, embeddings_TI, base.tokenizer))

@@ -1,0 +1,123 @@
+"""`zephyra domains ...`: what a root holds, and adding, withdrawing, rolling back and naming while it is served."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cluster.errors import InvalidInput
+from deployments.command_line import console, errors_told, root_or_bucket
+
+if TYPE_CHECKING:
+    from deployments.domains import Domains
+
+app = typer.Typer(no_args_is_help=True, help="The domains of a system, served or not.")
+
+_Root = Annotated[
+    str | None, typer.Option(help="Folder or bucket (s3://, gs://, az://) of the system; by default the starter.")
+]
+_Name = Annotated[str, typer.Argument(help="Of the domain.")]
+_Expected = Annotated[
+    int | None, typer.Option("--expected-generation", help="Do nothing if the catalog has moved on from this.")
+]
+
+
+@app.command("list")
+def list_domains(root: _Root = None) -> None:
+    """Every domain: version, rank, size, what the router knows of it, tags."""
+    from deployments.domains_report import print_domains
+
+    with errors_told():
+        print_domains(_domains(root).all(), console)
+
+
+@app.command()
+def show(name: _Name, root: _Root = None) -> None:
+    """One domain with all its versions and the files of the current one."""
+    from deployments.domains_report import print_history
+
+    with errors_told():
+        print_history(_domains(root).show(name), console)
+
+
+@app.command()
+def add(
+    name: _Name,
+    adapter: Annotated[Path, typer.Option(help="Folder that PEFT saved: safetensors only.")],
+    examples: Annotated[
+        Path | None, typer.Option(help="Prompts of the domain: .txt, one per line, or .jsonl, {'prompt': ...} each.")
+    ] = None,
+    data_free: Annotated[
+        bool, typer.Option("--data-free", help="No examples: let words of the adapter stand for them, a guess.")
+    ] = False,
+    root: _Root = None,
+    expected_generation: _Expected = None,
+) -> None:
+    """Check an adapter, publish it, and teach the router its examples. A running system serves it within a second."""
+    with errors_told():
+        given = _examples(examples) if examples is not None else []
+        ref = _domains(root).add(name, adapter, given, data_free, expected_generation)
+        known = f"routed by {len(given)} examples" if given else "routed by a guess" if data_free else "by name only"
+        console.print(f"published {ref}: {known}", highlight=False)
+
+
+@app.command()
+def remove(name: _Name, root: _Root = None, expected_generation: _Expected = None) -> None:
+    """Withdraw a domain. Its files stay: `rollback NAME --to VERSION` brings it back."""
+    with errors_told():
+        state = _domains(root).remove(name, expected_generation)
+        console.print(f"withdrew {name}, in generation {state.generation}", highlight=False)
+
+
+@app.command()
+def rollback(
+    name: _Name,
+    to: Annotated[int | None, typer.Option(help="Version; by default the one before the current.")] = None,
+    root: _Root = None,
+    expected_generation: _Expected = None,
+) -> None:
+    """Make an earlier version of a domain current again."""
+    with errors_told():
+        console.print(f"current is {_domains(root).rollback(name, to, expected_generation)}", highlight=False)
+
+
+@app.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="The other name.")],
+    domain: Annotated[str | None, typer.Argument(help="What it names; without it, the alias is taken away.")] = None,
+    root: _Root = None,
+) -> None:
+    """Give a domain another name, or take it away."""
+    with errors_told():
+        _domains(root).set_alias(name, domain)
+        console.print(f"{name} names {domain}" if domain else f"{name} names nothing any more", highlight=False)
+
+
+@app.command()
+def tag(
+    name: _Name,
+    tag: Annotated[str, typer.Argument(help="Such as stable: then NAME@stable is a version like any other.")],
+    version: Annotated[int | None, typer.Argument(help="Without it, the tag is taken away.")] = None,
+    root: _Root = None,
+) -> None:
+    """Name a version of a domain, or take the name away."""
+    with errors_told():
+        _domains(root).set_tag(name, tag, version)
+        meaning = f"is {name}@{version}" if version is not None else "means nothing any more"
+        console.print(f"{name}@{tag} {meaning}", highlight=False)
+
+
+def _domains(root: str | None) -> "Domains":
+    # Here, so that --help does not wait for torch.
+    from cluster.lora.artifacts import Store
+    from deployments.domains import Domains
+
+    return Domains(Store(root_or_bucket(root)))
+
+
+def _examples(file: Path) -> list[str]:
+    from cluster.router.domain_prototypes import MAX_EXAMPLES_BYTES, examples_from_bytes
+
+    if not file.is_file() or file.stat().st_size > MAX_EXAMPLES_BYTES:
+        raise InvalidInput(f"{str(file)!r} is no file of at most {MAX_EXAMPLES_BYTES} bytes; name one with examples.")
+    return examples_from_bytes(file.read_bytes(), is_json=file.suffix == ".jsonl")

@@ -1,0 +1,298 @@
+"""Domains come and go while a system serves, from a folder and from a bucket; what is wrong with one is said first."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from typer.testing import CliRunner
+
+from cluster.errors import (
+    CatalogConflict,
+    CorruptArtifact,
+    IncompatibleAdapter,
+    InvalidInput,
+    StageOrder,
+    UnknownDomain,
+    ZephyraError,
+)
+from cluster.lora.artifacts import Store
+from cluster.lora.catalog import Catalog, Change
+from cluster.lora.peft_format import pack
+from cluster.messages import AdapterRef, ClientRequest, Mixture, SamplingParams
+from cluster.router.tiny_ada import TinyAda
+from deployments.cli import app
+from deployments.domains import Domains
+from deployments.router import Router
+from tests.nano import DOMAINS, build_root, nano_base, publish_adapter, publish_router
+from tests.serving.local import local_system
+
+TAX = ["How do I file my income tax return?", "When is the tax declaration due?", "Which tax bracket am I in?"]
+
+
+def peft_folder(root: Path, folder: Path, seed: int = 0, **config: Any) -> Path:
+    """An adapter for the root's base as PEFT saves it, with random B."""
+    torch.manual_seed(seed)
+    options = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "r": 4, "init_lora_weights": False, **config}
+    get_peft_model(nano_base(root).model, LoraConfig(**options)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a router, and an adapter for it; made once, since it takes a training."""
+    folder = tmp_path_factory.mktemp("template")
+    publish_router(build_root(folder / "root"))
+    peft_folder(folder / "root", folder / "peft")
+    return folder
+
+
+@pytest.fixture
+def own_root(template: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(template / "root", tmp_path / "root")
+
+
+@pytest.fixture
+def adapter(template: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(template / "peft", tmp_path / "peft")
+
+
+@pytest.fixture
+def domains(own_root: Path) -> Domains:
+    return Domains(Store(own_root))
+
+
+def in_bucket(root: Path, uri: str) -> str:
+    """The same artifacts and the same state in a bucket."""
+    store, state = Store(uri), Catalog(root).load()
+    for parent in ("base", "router", *(f"adapters/{domain}" for domain in state.adapters)):
+        for version in range(1, len(list((root / parent).iterdir())) + 1):
+            source = root / parent / str(version)
+            (source / "checksums.json").unlink()
+            assert store.write_version(parent, lambda f, s=source: shutil.copytree(s, f, dirs_exist_ok=True)) == version
+    Catalog(store).publish(Change(base=state.base))
+    Catalog(store).publish(Change(adapters=state.adapters, router=state.router))
+    return uri
+
+
+async def tokens(system: Any, model: str) -> list[int]:
+    request = ClientRequest("what is", model, sampling=SamplingParams(max_tokens=12))
+    answer = await system.gateway.answer(request)
+    async with aclosing(answer):
+        return [token async for piece in answer.pieces() for token in piece.chunk.token_ids]
+
+
+async def until(condition: Callable[[], bool], seconds: float = 1.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def test_what_peft_saved_is_published_byte_for_byte_and_routed(own_root: Path, adapter: Path, domains: Domains) -> None:
+    ref = domains.add("tax", adapter, TAX)
+    assert ref == AdapterRef("tax", 1)
+    folder = Store(own_root).adapter_folder(ref)
+    assert pack(folder).tensors.tobytes() == (adapter / "adapter_model.safetensors").read_bytes()
+    assert pack(folder).base_fingerprint == nano_base(own_root).fingerprint
+    (info,) = [info for info in domains.all() if info.name == "tax"]
+    assert (info.version, info.rank, info.is_data_free, info.problem) == (1, 4, False, None)
+    assert 1 <= info.num_prototypes <= len(TAX)
+    assert info.num_bytes == sum(file.stat().st_size for file in folder.iterdir() if file.name != "checksums.json")
+    assert [info.name for info in domains.all()] == sorted([*DOMAINS, "tax"])
+
+
+def test_without_examples_it_answers_by_name_and_data_free_it_is_marked(adapter: Path, domains: Domains) -> None:
+    domains.add("silent", adapter)
+    domains.add("guessed", adapter, is_data_free=True)
+    found = {info.name: (info.num_prototypes > 0, info.is_data_free) for info in domains.all()}
+    assert (found["silent"], found["guessed"]) == ((False, False), (True, True))
+    with pytest.raises(InvalidInput, match="give one of both"):
+        domains.add("tax", adapter, TAX, is_data_free=True)
+
+
+def _nan(folder: Path) -> None:
+    import safetensors.torch
+
+    file = folder / "adapter_model.safetensors"
+    factors = safetensors.torch.load_file(file)
+    next(iter(factors.values()))[0, 0] = torch.nan
+    safetensors.torch.save_file(factors, file)
+
+
+def _foreign_layer(folder: Path) -> None:
+    import safetensors.torch
+
+    file = folder / "adapter_model.safetensors"
+    factors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({name.replace("layers.0", "layers.9"): f for name, f in factors.items()}, file)
+
+
+def _option(name: str, value: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, name: value}))
+
+    return change
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], type[ZephyraError], str]] = {
+    "a pickle": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        InvalidInput,
+        "adapter_model.safetensors in",
+    ),
+    "NaN": (_nan, CorruptArtifact, "NaN or infinity"),
+    "a layer that is not there": (_foreign_layer, IncompatibleAdapter, "which this base does not have"),
+    "DoRA": (_option("use_dora", True), IncompatibleAdapter, "use_dora"),
+    "another base": (
+        lambda f: (f / "zephyra.json").write_text('{"base_fingerprint": "0000000000000000"}'),
+        IncompatibleAdapter,
+        "trained on base 0000000000000000",
+    ),
+    "half a file": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x20\0\0\0\0\0\0\0{}"),
+        CorruptArtifact,
+        "header",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_served_is_refused_before_anything_is_written(
+    own_root: Path, adapter: Path, domains: Domains, case: str
+) -> None:
+    spoil, error, said = REFUSED[case]
+    before = sorted(file for file in own_root.rglob("*"))
+    spoil(adapter)
+    with pytest.raises(error, match=said):
+        domains.add("tax", adapter, TAX)
+    assert sorted(file for file in own_root.rglob("*")) == before
+
+
+def test_names_generations_and_roots_are_checked(
+    own_root: Path, adapter: Path, domains: Domains, tmp_path: Path
+) -> None:
+    before = sorted(file for file in own_root.rglob("*"))
+    for name in ("../law", "Law", "none", "a/b"):
+        with pytest.raises(InvalidInput, match="cannot name a domain"):
+            domains.add(name, adapter, TAX)
+    assert sorted(file for file in own_root.rglob("*")) == before
+    generation = Catalog(own_root).latest()
+    with pytest.raises(CatalogConflict, match=f"at generation {generation}, not 1"):
+        domains.add("tax", adapter, TAX, expected_generation=1)
+    with pytest.raises(CatalogConflict, match="not 1"):
+        domains.remove("law", expected_generation=1)
+    with pytest.raises(StageOrder, match="no base yet"):
+        Domains(Store(tmp_path / "empty")).add("tax", adapter)
+
+
+def test_a_rollback_brings_back_the_version_with_its_prototypes(
+    own_root: Path, adapter: Path, domains: Domains
+) -> None:
+    domains.add("tax", adapter, TAX)
+    first = Catalog(own_root).load()
+    domains.add("tax", adapter, ["entirely other words", "nothing of the kind"])
+    second = Catalog(own_root).load()
+    assert first.prototypes["tax"] != second.prototypes["tax"]
+    assert domains.rollback("tax") == AdapterRef("tax", 1)
+    assert Catalog(own_root).load().prototypes == first.prototypes
+    assert domains.rollback("tax", 2) == AdapterRef("tax", 2)
+    assert Catalog(own_root).load().prototypes == second.prototypes
+    assert domains.show("tax").versions == (1, 2)
+    domains.rollback("tax", 1)
+    with pytest.raises(UnknownDomain, match="no version of 'tax' before 1"):
+        domains.rollback("tax")
+    with pytest.raises(UnknownDomain, match="no adapter tax@9"):
+        domains.rollback("tax", 9)
+    domains.remove("tax")
+    with pytest.raises(UnknownDomain, match="was withdrawn"):
+        domains.rollback("tax")
+    assert domains.rollback("tax", 2) == AdapterRef("tax", 2), "back from where it was withdrawn"
+
+
+def test_a_rollback_to_another_bases_version_is_refused(own_root: Path, domains: Domains) -> None:
+    publish_adapter(own_root, "foreign", seed=1, base_fingerprint="0" * 16)
+    publish_adapter(own_root, "foreign", seed=1)
+    with pytest.raises(IncompatibleAdapter, match="foreign@1 was trained on base 0000000000000000"):
+        domains.rollback("foreign")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+async def test_a_running_system_follows_within_a_second(
+    own_root: Path, adapter: Path, where: str, request: pytest.FixtureRequest
+) -> None:
+    alone = local_system(own_root, DOMAINS)
+    expected = await tokens(alone, "zephyra:law")
+    alone.replica.engine.stop()
+    root = str(own_root) if where == "folder" else in_bucket(own_root, request.getfixturevalue("s3_root"))
+    system, router = local_system(root, DOMAINS), Router(root)
+    assert await tokens(system, "zephyra:law") == expected
+    domains = Domains(Store(root))
+    ref = domains.add("tax", adapter, TAX)
+    await until(lambda: "tax" in system.gateway.state.adapters)
+    routed = await tokens(system, "zephyra:tax")
+    assert routed != expected
+    await until(lambda: "tax" in router._ada.domains)
+    (decision,) = await router.route([TAX[0]])
+    (as_added_by_hand,) = TinyAda.load(own_root / "router/1").with_domain("tax", TAX).route([TAX[0]])
+    assert decision.probabilities == as_added_by_hand.probabilities
+    domains.set_alias("fiscal", "tax")
+    domains.set_tag("tax", "stable", ref.version)
+    await until(lambda: "fiscal" in system.gateway.state.aliases and "tax" in system.gateway.state.tags)
+    assert await tokens(system, "zephyra:fiscal") == await tokens(system, "zephyra:tax@stable") == routed
+    domains.remove("tax")
+    await until(lambda: "tax" not in system.gateway.state.adapters and "tax" not in router._ada.domains)
+    for name in ("zephyra:tax", "zephyra:tax@1", "zephyra:fiscal"):
+        with pytest.raises(UnknownDomain):
+            await tokens(system, name)
+    system.replica.engine.stop()
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["domains", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_the_commands(
+    own_root: Path, adapter: Path, tmp_path: Path, where: str, request: pytest.FixtureRequest
+) -> None:
+    root = own_root if where == "folder" else in_bucket(own_root, request.getfixturevalue("s3_root"))
+    (tmp_path / "tax.txt").write_text("\n".join(TAX))
+    (tmp_path / "tax.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in TAX))
+    for version, file in ((1, "tax.txt"), (2, "tax.jsonl")):
+        added = run("add", "tax", "--adapter", adapter, "--examples", tmp_path / file, "--root", root)
+        assert added.exit_code == 0, added.output
+        assert f"published tax@{version}: routed by 3 examples" in added.output
+    assert "current is tax@1" in run("rollback", "tax", "--root", root).output
+    assert "tax@stable is tax@2" in run("tag", "tax", "stable", 2, "--root", root).output
+    assert "fiscal names tax" in run("alias", "fiscal", "tax", "--root", root).output
+    listed = run("list", "--root", root).output
+    (row,) = [line.split() for line in listed.splitlines() if line.split()[:1] == ["tax"]]
+    assert (row[0], row[1], row[2], row[-2:]) == ("tax", "1", "4", ["stable=2", "fiscal"])
+    assert "4 domains" in listed
+    assert "versions written: 1, 2" in run("show", "tax", "--root", root).output
+    assert "withdrew tax" in run("remove", "tax", "--root", root).output
+    refused = run("remove", "tax", "--root", root)
+    assert (refused.exit_code, "was withdrawn" in refused.stderr) == (1, True)
+    assert run("add", "tax", "--adapter", adapter, "--examples", tmp_path / "none.txt", "--root", root).exit_code == 1
+
+
+def test_one_damaged_domain_does_not_hide_the_others(own_root: Path, adapter: Path, domains: Domains) -> None:
+    domains.add("tax", adapter, TAX)
+    (own_root / "adapters/tax/1/checksums.json").write_text("{")
+    found = {info.name: info for info in domains.all()}
+    assert "cannot be read" in str(found["tax"].problem)
+    assert found["law"].problem is None
+    assert found["law"].rank == 4
+
+
+def test_the_names_of_a_mixture_may_be_aliases(own_root: Path) -> None:
+    state = Catalog(own_root).publish(Change(aliases={"legal": "law"}))
+    assert Mixture.of({state.resolve("legal"): 1.0}) == Mixture.of({AdapterRef("law", 1): 1.0})
