@@ -1,20 +1,28 @@
-"""One shard: reads the adapters that placement gives it and hands them out as their files' bytes.
+"""One shard: maps the adapters that placement gives it and hands them out as their files' bytes.
 
-Everything it holds can be read again from the root, so a restarted shard needs nothing from its predecessor.
+Everything it holds can be read again from the root, so a restarted shard needs nothing from its predecessor. It imports
+neither torch nor Ray: it is back in the time that a Python process takes to start.
 """
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import UnknownDomain, ZephyraError
-from cluster.lora.peft_format import PackedAdapter, pack
+from cluster.lora.byte_lru import ByteLru
+from cluster.lora.packed_adapter import PackedAdapter, pack
 from cluster.messages import AdapterRef
+from deployments.joined import Joined
 
 SHARD_BYTES = 2**30
-"""Adapters that a shard keeps in memory; what was used longest ago goes first."""
+"""Adapters that a shard keeps mapped, so that they are not checked again; what was used longest ago goes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class TooLarge:
+    """The adapter is there but exceeds what the answer may hold: ask for it by reference."""
+
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,42 +30,41 @@ class Fetched:
     """What asking for one adapter gave: its bytes, or why there are none."""
 
     ref: AdapterRef
-    result: PackedAdapter | ZephyraError
+    result: PackedAdapter | TooLarge | ZephyraError
+
+
+def folder_of(root: Path, ref: AdapterRef) -> Path:
+    """Where the files of `ref` lie."""
+    return root / "adapters" / ref.domain / str(ref.version)
 
 
 class AdapterShard:
-    """Serves one shard's share of the adapters below `root/adapters`."""
+    """Serves one shard's share of the adapters below `root`."""
 
     def __init__(self, root: str, max_bytes: int = SHARD_BYTES) -> None:
-        self._folder = Path(root) / "adapters"
-        self._max_bytes = max_bytes
-        self._kept: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()
-        self._kept_bytes = 0
+        self._root = Path(root)
+        self._kept: ByteLru[AdapterRef, PackedAdapter] = ByteLru(max_bytes)
+        # A caller that does not wait long enough finds the adapter there when it asks again.
+        self._read = Joined(self._read_one)
 
-    async def get(self, refs: tuple[AdapterRef, ...]) -> AsyncIterator[Fetched]:
-        """Each adapter, or its error, as it is read: one that is missing or damaged does not fail the others."""
-        for ref in refs:
-            yield Fetched(ref, await self._read(ref))
+    async def get(self, ref: AdapterRef, most_bytes: int | None = None) -> Fetched:
+        """The adapter, or why it cannot be had; one of more than `most_bytes` is named, not sent."""
+        packed = self._kept.get(ref) or await self._read.ask(ref)
+        if isinstance(packed, PackedAdapter) and most_bytes is not None and packed.num_bytes > most_bytes:
+            return Fetched(ref, TooLarge(packed.num_bytes))
+        return Fetched(ref, packed)
 
-    async def _read(self, ref: AdapterRef) -> PackedAdapter | ZephyraError:
-        if (kept := self._kept.get(ref)) is not None:
-            self._kept.move_to_end(ref)
-            return kept
-        folder = self._folder / ref.domain / str(ref.version)
-        if not folder.is_dir():
-            return UnknownDomain(f"There is no adapter {ref}; ask for a version that was published.")
+    async def _read_one(self, ref: AdapterRef) -> PackedAdapter | ZephyraError:
         try:
-            packed = await asyncio.to_thread(pack, folder)
+            packed = await asyncio.to_thread(_packed, self._root, ref)
         except ZephyraError as error:
             return error
-        self._keep(ref, packed)
+        self._kept.put(ref, packed, packed.num_bytes)
         return packed
 
-    def _keep(self, ref: AdapterRef, packed: PackedAdapter) -> None:
-        if ref in self._kept or packed.tensors.nbytes > self._max_bytes:
-            return
-        self._kept[ref] = packed
-        self._kept_bytes += packed.tensors.nbytes
-        while self._kept_bytes > self._max_bytes:
-            _, dropped = self._kept.popitem(last=False)
-            self._kept_bytes -= dropped.tensors.nbytes
+
+def _packed(root: Path, ref: AdapterRef) -> PackedAdapter:
+    folder = folder_of(root, ref)
+    if not folder.is_dir():
+        raise UnknownDomain(f"There is no adapter {ref}; ask for a version that was published.")
+    return pack(folder)

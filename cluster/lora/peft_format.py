@@ -7,20 +7,17 @@ PEFT has no place for: the base's fingerprint and the checksum. Nothing else is 
 import hashlib
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
 
 from cluster.errors import CorruptArtifact, IncompatibleAdapter, ZephyraError
+from cluster.lora.packed_adapter import CONFIG_FILE, OURS_FILE, TENSORS_FILE, PackedAdapter
 from cluster.lora.weights import AdapterWeights, Factors
 
-MAX_ADAPTER_BYTES = 4 * 2**30
-_CONFIG, _TENSORS, _OURS = "adapter_config.json", "adapter_model.safetensors", "zephyra.json"
 _PREFIX = "base_model.model."
 
 _UNMIXABLE = {
@@ -43,35 +40,6 @@ _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT initialisations that take the adapter's first value off the base's weights, or replace them."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackedAdapter:
-    """An adapter as its files' own bytes: what travels from shard to replica, bit for bit, without torch."""
-
-    config_json: str
-    base_fingerprint: str
-    tensors: NDArray[np.uint8]
-
-
-def pack(folder: Path) -> PackedAdapter:
-    """Read an adapter's files and check them: sizes, checksum. Raises `CorruptArtifact`."""
-    try:
-        ours = json.loads((folder / _OURS).read_text())
-        config_json = (folder / _CONFIG).read_text()
-        size = (folder / _TENSORS).stat().st_size
-        if size > MAX_ADAPTER_BYTES:
-            raise CorruptArtifact(f"The adapter in {folder.name} has {size} bytes; the most is {MAX_ADAPTER_BYTES}.")
-        tensors = np.fromfile(folder / _TENSORS, dtype=np.uint8)
-        if hashlib.sha256(tensors.data).hexdigest() != ours["sha256"]:
-            raise CorruptArtifact(
-                f"The adapter in {folder.parent.name}/{folder.name} is not what was published; restore it."
-            )
-        return PackedAdapter(config_json, ours["base_fingerprint"], tensors)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # An OSError's own text names the path, which is nobody's business outside.
-        why = error.strerror if isinstance(error, OSError) else error
-        raise CorruptArtifact(f"The adapter in {folder.parent.name}/{folder.name} cannot be read: {why}.") from error
-
-
 def unpack(packed: PackedAdapter, dtype: torch.dtype, device: torch.device | str = "cpu") -> AdapterWeights:
     """The factors of a packed adapter. Raises `IncompatibleAdapter` or `CorruptArtifact`."""
     try:
@@ -90,11 +58,11 @@ def unpack(packed: PackedAdapter, dtype: torch.dtype, device: torch.device | str
 def read_foreign(folder: Path, base_fingerprint: str, dtype: torch.dtype = torch.float32) -> AdapterWeights:
     """An adapter that PEFT itself wrote, which the caller says belongs to this base."""
     try:
-        config_json = (folder / _CONFIG).read_text()
-        tensors = np.fromfile(folder / _TENSORS, dtype=np.uint8)
+        config_json = (folder / CONFIG_FILE).read_text()
+        tensors = np.fromfile(folder / TENSORS_FILE, dtype=np.uint8)
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptArtifact(
-            f"{folder.name} lacks {_CONFIG} or {_TENSORS}; expected a folder that PEFT saved."
+            f"{folder.name} lacks {CONFIG_FILE} or {TENSORS_FILE}; expected a folder that PEFT saved."
         ) from error
     return unpack(PackedAdapter(config_json, base_fingerprint, tensors), dtype)
 
@@ -127,10 +95,10 @@ def save(folder: Path, weights: AdapterWeights, base_model_name: str, metadata: 
         "alpha_pattern": {n: f.scale * f.rank for n, f in weights.factors.items() if f.scale * f.rank != alpha},
     }
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    (folder / _TENSORS).write_bytes(data)
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2))
+    (folder / TENSORS_FILE).write_bytes(data)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
     ours = {"base_fingerprint": weights.base_fingerprint, "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / _OURS).write_text(json.dumps({**ours, "metadata": metadata or {}}, indent=2))
+    (folder / OURS_FILE).write_text(json.dumps({**ours, "metadata": metadata or {}}, indent=2))
 
 
 def _factors(

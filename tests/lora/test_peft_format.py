@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from cluster.errors import CorruptArtifact, IncompatibleAdapter
 from cluster.lora import peft_format
-from cluster.lora.peft_format import PackedAdapter
+from cluster.lora.packed_adapter import PackedAdapter, pack
 from cluster.lora.weights import AdapterWeights, Factors, adaptable_layers
 from tests.lora.adapters import FINGERPRINT, mixed_logits, random_adapter
 from tests.model.nano import logits, nano_model, random_ids
@@ -99,7 +99,7 @@ def test_an_adapter_of_ours_answers_in_peft_as_it_does_here(tmp_path: Path, rank
 def test_saving_and_packing_keep_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     ours = random_adapter(nano_model(), (4, 2), dtype=dtype)
     peft_format.save(tmp_path, ours, "base/1", {"note": "kept for people"})
-    got = peft_format.unpack(peft_format.pack(tmp_path), dtype)
+    got = peft_format.unpack(pack(tmp_path), dtype)
     assert got.base_fingerprint == FINGERPRINT
     assert got.num_bytes == ours.num_bytes
     assert list(got.factors) == sorted(ours.factors)
@@ -193,12 +193,12 @@ def test_any_flipped_byte_of_the_factors_is_noticed(tmp_path: Path) -> None:
     for position in (0, 100, len(good) // 2, len(good) - 1):
         file.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
         with pytest.raises(CorruptArtifact, match="is not what was published"):
-            peft_format.pack(tmp_path)
+            pack(tmp_path)
     file.write_bytes(good[:-1])
     with pytest.raises(CorruptArtifact, match="is not what was published"):
-        peft_format.pack(tmp_path)
+        pack(tmp_path)
     file.write_bytes(good)
-    peft_format.pack(tmp_path)
+    pack(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "zephyra.json"])
@@ -206,7 +206,7 @@ def test_a_missing_file_is_refused_without_its_path(tmp_path: Path, name: str) -
     peft_format.save(tmp_path, random_adapter(nano_model()), "base/1")
     (tmp_path / name).unlink()
     with pytest.raises(CorruptArtifact, match="cannot be read: No such file") as caught:
-        peft_format.pack(tmp_path)
+        pack(tmp_path)
     assert str(tmp_path) not in str(caught.value)
 
 
@@ -215,7 +215,7 @@ def test_a_damaged_companion_file_is_refused(tmp_path: Path, content: bytes) -> 
     peft_format.save(tmp_path, random_adapter(nano_model()), "base/1")
     (tmp_path / "zephyra.json").write_bytes(content)
     with pytest.raises(CorruptArtifact, match="cannot be read"):
-        peft_format.pack(tmp_path)
+        pack(tmp_path)
 
 
 def test_a_damaged_configuration_of_peft_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from ray.util import list_named_actors
 from cluster.config import EngineSettings
 from cluster.engine.engine import Engine
 from cluster.lora.catalog import Catalog
-from cluster.lora.peft_format import pack, unpack
+from cluster.lora.packed_adapter import pack
+from cluster.lora.peft_format import unpack
 from cluster.lora.placement import shard_of
 from cluster.messages import MAX_PROMPT_CHARACTERS, AdapterRef, GenerateRequest, Mixture, SamplingParams
 from deployments.application import APPLICATION_NAME
