@@ -33,7 +33,7 @@ class ByteLru(Generic[K, V]):
         return self._kept[key][0]
 
     def put(self, key: K, value: V, num_bytes: int, spare: Collection[K] = ()) -> bool:
-        """Keep `value`, dropping what was used longest ago but for `spare`; False, and no change, if that isn't enough."""
+        """Keep `value`, dropping what was used longest ago but for `spare`; False, and no change, if it cannot."""
         if key in self._kept:
             return True
         excess_bytes = self.used_bytes + num_bytes - self.budget_bytes

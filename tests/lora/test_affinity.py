@@ -8,9 +8,7 @@ from cluster.messages import AdapterRef, Mixture
 
 REFS = [AdapterRef(f"d{index}", 1) for index in range(4)]
 held = st.frozensets(st.sampled_from([str(ref) for ref in REFS]))
-replicas = st.lists(
-    st.builds(ReplicaView, st.uuids().map(str), st.integers(0, 12), held, held), min_size=1, max_size=6
-)
+replicas = st.lists(st.builds(ReplicaView, st.uuids().map(str), st.integers(0, 12), held, held), min_size=1, max_size=6)
 mixtures = st.dictionaries(st.sampled_from(REFS), st.floats(0.1, 1), max_size=3).map(Mixture.of)
 
 

@@ -1,7 +1,10 @@
 """The whole of Zephyra on a real Ray cluster: both wires, live publishing, clients that leave, processes that die."""
 
+import dataclasses
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import grpc
 import httpx
@@ -44,9 +47,19 @@ def stub(served):
         yield ZephyraStub(channel)
 
 
-def stats():
+def stats_of_each():
     handle = serve.get_deployment_handle("BaseReplica", APPLICATION_NAME)
-    return handle.options(method_name="stats").remote().result(timeout_s=30)
+    return handle.broadcast("stats").results(timeout_s=30)
+
+
+def stats():
+    """Of all replicas together."""
+    counts = [vars_of(one) for one in stats_of_each()]
+    return SimpleNamespace(**{name: sum(one[name] for one in counts) for name in counts[0]})
+
+
+def vars_of(stats):
+    return {name: value for name, value in dataclasses.asdict(stats).items() if isinstance(value, int)}
 
 
 def until(condition, seconds):
@@ -71,10 +84,12 @@ def in_process(root, mixture, **sampling):
 
 
 def kill(deployment):
-    """As if its machine had lost power."""
+    """As if the machines of all its replicas had lost power."""
     prefix = f"SERVE_REPLICA::{APPLICATION_NAME}#{deployment}#"
-    (name,) = [a["name"] for a in list_named_actors(all_namespaces=True) if a["name"].startswith(prefix)]
-    ray.kill(ray.get_actor(name, namespace="serve"))
+    names = [a["name"] for a in list_named_actors(all_namespaces=True) if a["name"].startswith(prefix)]
+    assert names
+    for name in names:
+        ray.kill(ray.get_actor(name, namespace="serve"))
 
 
 @pytest.mark.parametrize(
@@ -248,6 +263,32 @@ def test_a_published_router_decides_within_a_second(served, client, stub):
     over_grpc = stub.Complete(pb.GenerateRequest(prompt=prompt, sampling=pb.Sampling(max_tokens=8)))
     assert over_grpc.choices[0].text == whole["choices"][0]["text"]
     assert dict(over_grpc.routing.probabilities) == pytest.approx(decision.probabilities, abs=1e-5)
+
+
+def test_requests_go_where_their_adapters_are_and_a_hot_domain_spreads(served, client):
+    """Two replicas: each domain comes to lie on one of them; one in demand comes to lie on both."""
+    domains = [f"affine{index}" for index in range(6)]
+    for seed, domain in enumerate(domains):
+        publish_adapter(served.root, domain, seed)
+    until(lambda: client.get("/health").json()["generation"] == Catalog(served.root).latest(), seconds=5)
+
+    def holders(domain):
+        return [one for one in stats_of_each() if AdapterRef(domain, 1) in one.resident_adapters]
+
+    def ask(domain, max_tokens=2):
+        body = {"prompt": "hi", "model": f"zephyra:{domain}", "max_tokens": max_tokens}
+        assert client.post("/v1/completions", json=body).status_code == 200
+
+    for _ in range(4):
+        for domain in domains:
+            ask(domain)
+    assert [len(holders(domain)) for domain in domains] == [1] * len(domains)
+    several = {"prompt": "hi", "model": "zephyra:affine0", "max_tokens": 2, "n": 8}
+    assert client.post("/v1/completions", json=several).status_code == 200
+    assert len(holders("affine0")) == 1
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(lambda _: ask("affine0", max_tokens=200), range(24)))
+    assert len(holders("affine0")) == 2
 
 
 def test_a_killed_shard_is_a_clear_503_and_comes_back(served, client, stub):

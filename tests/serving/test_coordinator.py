@@ -32,7 +32,8 @@ ONE_COPY = FetchSettings(copies=1)
 class FakeShard:
     """A handle to a shard that does as it is told, call by call; the last behaviour is for all calls after it.
 
-    A behaviour is a kind of answer and the seconds after which it comes: "there", "unknown", "corrupt", "died", "never".
+    A behaviour is a kind of answer and the seconds after which it comes: "there", "unknown", "corrupt", "died" or
+    "never".
     """
 
     def __init__(self, *behaviours):
@@ -79,7 +80,9 @@ def fetched_in_virtual_time(shards, refs, fetching):
 names = st.from_regex(r"[a-z]{1,4}", fullmatch=True)
 refs_lists = st.lists(st.builds(AdapterRef, names, st.integers(1, 9)), max_size=30)
 behaviours = st.lists(
-    st.tuples(st.sampled_from(["there", "unknown", "corrupt", "died", "never"]), st.sampled_from([0.0, 0.03, 0.3, 3.0])),
+    st.tuples(
+        st.sampled_from(["there", "unknown", "corrupt", "died", "never"]), st.sampled_from([0.0, 0.03, 0.3, 3.0])
+    ),
     max_size=3,
 )
 
@@ -116,7 +119,12 @@ def test_whatever_fails_in_whatever_order_each_adapter_is_given_or_said_to_be_mi
 
 def test_a_copy_helps_out_when_one_is_slow_dead_or_damaged():
     first, second = owners_of(LAW, 2, 2)
-    for behaviour, least_s in ((("never", 0), 0.05), (("died", 0.0), 0.0), (("corrupt", 0.0), 0.0), (("there", 9), 0.05)):
+    for behaviour, least_s in (
+        (("never", 0), 0.05),
+        (("died", 0.0), 0.0),
+        (("corrupt", 0.0), 0.0),
+        (("there", 9), 0.05),
+    ):
         shards = [FakeShard(), FakeShard()]
         shards[first] = FakeShard(behaviour)
         ((fetched,), took_s) = fetched_in_virtual_time(shards, [LAW], FetchSettings(hedge_ms=50))
@@ -169,7 +177,7 @@ def test_those_who_ask_for_the_same_adapter_wait_for_one_ask_and_the_next_asks_a
     assert in_time == [LAW, AdapterRef("math", 1)]
     assert shard.asked == [*in_time, LAW]
     assert isinstance(found[0], asyncio.CancelledError)
-    assert all([f.ref for f in answers][0] == LAW for answers in found[1:])
+    assert all(LAW in [f.ref for f in answers] for answers in found[1:])
 
 
 def test_copies_change_in_place():

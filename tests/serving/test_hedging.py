@@ -72,8 +72,7 @@ times_s = st.lists(st.integers(1, 1200), min_size=1, max_size=5, unique=True)
 
 @given(times_s, st.data())
 def test_a_race_goes_as_its_rules_say(times, data):
-    goods = [data.draw(st.booleans()) for _ in times]
-    behaviours = [(time / 100 + 0.0007 * (index + 1), good) for index, (time, good) in enumerate(zip(times, goods))]
+    behaviours = [(time / 100 + 0.0007 * (index + 1), data.draw(st.booleans())) for index, time in enumerate(times)]
     outcome, end_s, asked_s = raced(behaviours)
     expected, expected_end_s, expected_asked_s = replayed(behaviours)
     assert (outcome.good and outcome.good[0]) == expected
