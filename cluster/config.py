@@ -214,8 +214,9 @@ class AppSettings(_Settings):
     """As `FetchSettings.hedge_ms`."""
     replicas: int = Field(default=1, ge=1, le=1024)
     """Base replicas."""
-    affinity_slack: int = Field(default=8, ge=0, le=1_000_000)
-    """A request goes to a replica that holds its adapters unless that one has so many more requests than the idlest."""
+    affinity_slack: int | None = Field(default=8, ge=0, le=1_000_000)
+    """A request goes to a replica that holds its adapters unless that one has more than so many requests beyond the
+    idlest one's; none for whichever of two is idler, whatever they hold."""
     host_adapter_bytes: int = Field(default=2**30, ge=0)
     """Adapters that a base replica keeps in memory behind its slot bank, as their files' bytes."""
     drain_s: float = Field(default=60.0, ge=0, le=86_400)

@@ -47,9 +47,11 @@ def bind(settings: AppSettings) -> Application:
         "BaseReplica",
         num_cpus=0.5,
         num_replicas=settings.replicas,
-        request_router_config=router_config(settings.affinity_slack),
         drain_s=settings.drain_s,
         num_gpus=int(settings.device == "cuda"),
+        **(
+            {} if settings.affinity_slack is None else {"request_router_config": router_config(settings.affinity_slack)}
+        ),
     ).bind(coordinator, settings)
     gateway = _deployment(serve.ingress()(Ingress), "Gateway", num_cpus=0.1, drain_s=settings.drain_s)
     return gateway.bind(router, replica, root)
