@@ -68,7 +68,22 @@ def read_foreign(folder: Path, base_fingerprint: str, dtype: torch.dtype = torch
 
 
 def save(folder: Path, weights: AdapterWeights, base_model_name: str, metadata: dict[str, Any] | None = None) -> None:
-    """Write `weights` into `folder` so that both PEFT and `pack` read them. `metadata` (JSON) is kept for people.
+    """Write `weights` into `folder` so that both PEFT and `pack` read them. `metadata` (JSON) is kept for people."""
+    data, config = _serialized(weights, base_model_name)
+    (folder / TENSORS_FILE).write_bytes(data)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+    ours = {"base_fingerprint": weights.base_fingerprint, "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / OURS_FILE).write_text(json.dumps({**ours, "metadata": metadata or {}}, indent=2))
+
+
+def packed(weights: AdapterWeights) -> PackedAdapter:
+    """`weights` as `save` and `pack` would give them: the inverse of `unpack`, for what is on no disk."""
+    data, config = _serialized(weights, base_model_name="")
+    return PackedAdapter(json.dumps(config), weights.base_fingerprint, np.frombuffer(data, dtype=np.uint8))
+
+
+def _serialized(weights: AdapterWeights, base_model_name: str) -> tuple[bytes, dict[str, Any]]:
+    """The tensors' file and the configuration.
 
     PEFT knows one alpha/r per adapter and exceptions by name; each layer's scale is written as alpha = scale * r.
     """
@@ -94,11 +109,7 @@ def save(folder: Path, weights: AdapterWeights, base_model_name: str, metadata: 
         "rank_pattern": {n: f.rank for n, f in weights.factors.items() if f.rank != first.rank},
         "alpha_pattern": {n: f.scale * f.rank for n, f in weights.factors.items() if f.scale * f.rank != alpha},
     }
-    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    (folder / TENSORS_FILE).write_bytes(data)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
-    ours = {"base_fingerprint": weights.base_fingerprint, "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / OURS_FILE).write_text(json.dumps({**ours, "metadata": metadata or {}}, indent=2))
+    return safetensors.torch.save(tensors, metadata={"format": "pt"}), config
 
 
 def _factors(
