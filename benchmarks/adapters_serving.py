@@ -76,7 +76,7 @@ class ServingBench:
 
 
 def affinity(bench: ServingBench) -> Measurements:
-    """Two replicas that together hold all domains in use, each alone five eighths: the share of requests that load nothing."""
+    """Two replicas that each hold five eighths of the domains in use: the share of requests that load nothing."""
     shares = {}
     for name, slack in (("affinity_hit_rate", 8), ("no_affinity_hit_rate", None)):
         with bench.cluster(

@@ -214,6 +214,8 @@ class AppSettings(_Settings):
     """As `FetchSettings.hedge_ms`."""
     replicas: int = Field(default=1, ge=1, le=1024)
     """Base replicas."""
+    merge_rank: int = Field(default=64, ge=1, le=1024)
+    """Rank of the one adapter that a mixture of more than eight is merged to."""
     affinity_slack: int | None = Field(default=8, ge=0, le=1_000_000)
     """A request goes to a replica that holds its adapters unless that one has more than so many requests beyond the
     idlest one's; none for whichever of two is idler, whatever they hold."""

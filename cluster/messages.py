@@ -20,6 +20,9 @@ RESERVED_NAMES = frozenset({NONE_DOMAIN, "base", "zephyra"})
 MAX_MIXTURE_ENTRIES = 1024
 """The most adapters that one request may mix."""
 
+MAX_CO_BATCHED = 8
+"""A mixture of up to so many adapters is answered through all of them, exactly; a larger one is merged to one first."""
+
 WEIGHT_STEP = 1 / 64
 """The router's weights are multiples of this, so that mixtures recur and what they need can be cached."""
 
@@ -315,3 +318,6 @@ class TokenChunk:
     """Length of the prompt; set on the last chunk."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token id, if the request asked for them."""
+    merged: Mapping[str, str | int | float] | None = None
+    """On the first chunk, where the mixture was merged to one adapter: the method, the rank, the bound on its distance
+    from the exact sum, and the share of the sum's energy that is kept."""

@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from deployments.adapter_shard import Fetched, TooLarge
 from deployments.base_folder import base_folder
 from deployments.engine_loop import EngineLoop, Loaded
 from deployments.host_memory import HostMemory
+from deployments.merged_mixtures import MergedMixtures
 
 COORDINATOR_WAIT_S = 5.0
 """Longer than the coordinator waits for a shard and than Serve takes to replace a coordinator that died."""
@@ -39,6 +41,7 @@ class BaseReplica:
         dtype = saved_dtype(folder) if settings.dtype is None else getattr(torch, settings.dtype)
         base = load_base(folder, dtype, settings.device)
         self._dtype, self._device = base.model.dtype, base.model.device
+        self._merged = MergedMixtures(coordinator, settings.merge_rank, self._dtype)
         self.engine = EngineLoop(Engine(base, settings.engine), self._fetch, self.host.prefetch)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk | ZephyraError]:
@@ -46,12 +49,16 @@ class BaseReplica:
 
         What is wrong with the request comes as the last item: raised, Serve would log it as this replica's failure.
         """
-        async with aclosing(self.engine.generate(request)) as chunks:
-            try:
-                async for chunk in chunks:
-                    yield chunk
-            except ZephyraError as error:
-                yield error
+        with self._merged.in_one(request) as asked:
+            async with aclosing(self.engine.generate(asked)) as chunks:
+                is_first = True
+                try:
+                    async for chunk in chunks:
+                        certificate = self._merged.certificate(asked) if is_first else None
+                        yield chunk if certificate is None else replace(chunk, merged=certificate.as_json())
+                        is_first = False
+                except ZephyraError as error:
+                    yield error
 
     async def stats(self) -> EngineStats:
         """The engine's own numbers."""
@@ -72,7 +79,16 @@ class BaseReplica:
                 yield fetched.ref, await asyncio.to_thread(self._unpacked, fetched)
 
     async def _fetch_packed(self, refs: tuple[AdapterRef, ...]) -> AsyncGenerator[Fetched, None]:
-        """From the coordinator: in messages, which is quicker, then by reference what is too large for them."""
+        """All at once from the coordinator, adapters and merged mixtures."""
+        published = tuple(ref for ref in refs if ref not in self._merged)
+        merges = [self._merged.fetch(ref) for ref in refs if ref in self._merged]
+        streams = [self._fetch_published(published)] if published else []
+        async with aclosing(calls.merge([*streams, *merges])) as answers:
+            async for fetched in answers:
+                yield fetched
+
+    async def _fetch_published(self, refs: tuple[AdapterRef, ...]) -> AsyncGenerator[Fetched, None]:
+        """In messages, which is quicker, then by reference what is too large for them."""
         lost = AdapterUnavailable("The coordinator of the adapters did not answer; try again in a few seconds.")
         large: list[AdapterRef] = []
         in_message = calls.stream(

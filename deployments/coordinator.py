@@ -16,6 +16,7 @@ from deployments import calls
 from deployments.adapter_shard import Fetched
 from deployments.hedging import Pace, race
 from deployments.joined import Joined
+from deployments.merger import MergedMixture, Merger, Wanted
 
 SHARD_WAIT_S = 1.0
 """Copies that give no adapter for so long are taken to be away; Serve starts a shard anew within seconds."""
@@ -38,6 +39,7 @@ class Coordinator:
         self._by_reference = [calls.method(shard, "get", by_reference=True) for shard in shards]
         self._pace_in_message, self._pace_by_reference = Pace(), Pace()
         self._brought = Joined(self._bring)
+        self._merger = Merger(shards, self._owners)
 
     def reconfigure(self, user_config: Mapping[str, object]) -> None:
         """Called by Serve with what the configuration says now, on the running system."""
@@ -51,10 +53,17 @@ class Coordinator:
         for answer in asyncio.as_completed([self._brought.ask((ref, most_bytes)) for ref in dict.fromkeys(refs)]):
             yield await answer
 
+    async def merge(self, wanted: Wanted) -> MergedMixture | ZephyraError:
+        """A mixture of many adapters as one, or why it cannot be had."""
+        return await self._merger.merge(wanted)
+
+    def _owners(self, ref: AdapterRef) -> tuple[int, ...]:
+        return owners_of(ref, len(self._in_message), self._settings.copies)
+
     async def _bring(self, key: tuple[AdapterRef, int | None]) -> Fetched:
         """One adapter, from the first of its copies that has it. A copy that is gone is asked again: it may be back."""
         ref, most_bytes = key
-        owners = owners_of(ref, len(self._in_message), self._settings.copies)
+        owners = self._owners(ref)
         asks = [partial(self._ask, owner, ref, most_bytes) for owner in owners]
         loop = asyncio.get_running_loop()
         end_s = loop.time() + self._shard_wait_s

@@ -133,6 +133,7 @@ def _routing_json(routing: Routing) -> Json:
         "mixture": {str(ref): weight for ref, weight in routing.mixture.entries},
         "probabilities": None if routing.probabilities is None else dict(routing.probabilities),
         "routing_ms": round(routing.routing_ms, 3),
+        **({} if routing.merged is None else {"merged": dict(routing.merged)}),
     }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.lora.placement import ranked
-from cluster.messages import AdapterRef, Mixture
+from cluster.messages import MAX_CO_BATCHED, AdapterRef, Mixture
 
 _SLOTS, _HOST, _LOAD = "slots", "host", "load"
 _FETCH_COST, _LOAD_COST = 2, 1
@@ -53,13 +53,15 @@ def in_order(mixture: Mixture, replicas: Sequence[ReplicaView], slack: int) -> l
     replica has had to load it, both hold it and share its requests. Among those that hold everything the idler goes
     first; among the others one and the same, so that they do not all load it.
     """
+    is_merged = len(mixture.entries) > MAX_CO_BATCHED
     heaviest = max(mixture.entries, key=lambda entry: entry[1], default=None)
-    key = "" if heaviest is None else str(heaviest[0])
+    key = mixture.key if heaviest is None or is_merged else str(heaviest[0])
     homes = {name: place for place, name in enumerate(ranked(key, [replica.name for replica in replicas]))}
     least = min((replica.load for replica in replicas), default=0)
 
     def rank(replica: ReplicaView) -> tuple[bool, int, int, int]:
-        cost = replica.cost(mixture.refs)
+        # What it is merged to has a name of its own, and lies at home once it was asked for.
+        cost = _FETCH_COST if is_merged else replica.cost(mixture.refs)
         return replica.load > least + slack, cost, replica.load if cost == 0 else 0, homes[replica.name]
 
     return sorted(replicas, key=rank)

@@ -56,6 +56,20 @@ def test_a_mixture_has_its_heaviest_adapters_home():
         assert in_order(beside, views, slack=0)[0] == alone
 
 
+def test_a_mixture_that_is_merged_has_one_home_of_its_own_until_that_is_too_busy():
+    mixtures = [Mixture.of({AdapterRef(f"d{i}", 1): 1.0 + index for i in range(9)}) for index in range(40)]
+    names = "abcd"
+    homes = [in_order(mixture, [replica(name, 0) for name in names], slack=2)[0].name for mixture in mixtures]
+    again = [
+        in_order(mixture, [replica(name, place % 3, REFS[0]) for place, name in enumerate(names)], slack=2)[0].name
+        for mixture in mixtures
+    ]
+    assert again == homes
+    assert set(homes) == set(names)
+    busy = [replica(name, 3 * (name == homes[0])) for name in names]
+    assert in_order(mixtures[0], busy, slack=2)[0].name != homes[0]
+
+
 def test_a_domain_in_demand_spreads_over_the_replicas_by_itself():
     """Requests for one domain that end only when as many run as fit: each goes where the rule says, who gets one holds
     the adapter from then on."""
