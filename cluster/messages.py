@@ -307,6 +307,18 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class MergeReport:
+    """How a mixture of many adapters was merged to one, and what is certain of it."""
+
+    method: str
+    rank: int
+    bound: float
+    """At least the Frobenius distance, over all layers, between the exact weighted sum and what answers."""
+    kept_energy: float
+    """At least this share of the sum's squared norm is kept."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenChunk:
     """A piece of a streamed answer. Texts of all chunks joined are the answer; no chunk splits a UTF-8 character."""
 
@@ -318,6 +330,5 @@ class TokenChunk:
     """Length of the prompt; set on the last chunk."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token id, if the request asked for them."""
-    merged: Mapping[str, str | int | float] | None = None
-    """On the first chunk, where the mixture was merged to one adapter: the method, the rank, the bound on its distance
-    from the exact sum, and the share of the sum's energy that is kept."""
+    merged: MergeReport | None = None
+    """On the first chunk, where the mixture was merged to one adapter."""

@@ -54,8 +54,7 @@ class BaseReplica:
                 is_first = True
                 try:
                     async for chunk in chunks:
-                        certificate = self._merged.certificate(asked) if is_first else None
-                        yield chunk if certificate is None else replace(chunk, merged=certificate.as_json())
+                        yield replace(chunk, merged=self._merged.report(asked)) if is_first else chunk
                         is_first = False
                 except ZephyraError as error:
                     yield error

@@ -17,6 +17,7 @@ from cluster.messages import (
     AdapterRef,
     ClientRequest,
     GenerateRequest,
+    MergeReport,
     Mixture,
     Prompt,
     RoutingDecision,
@@ -46,7 +47,7 @@ class Routing:
     """What the router says of every domain and of "none"; None when it was not asked."""
     routing_ms: float = 0.0
     """What asking the router took, the way there and back included; 0 when it was not asked."""
-    merged: Mapping[str, str | int | float] | None = None
+    merged: MergeReport | None = None
     """As `TokenChunk.merged`, of an answer; None where each adapter answers as it is."""
 
 

@@ -15,7 +15,7 @@ from cluster.errors import AdapterUnavailable, ZephyraError
 from cluster.lora.byte_lru import ByteLru
 from cluster.lora.certificate import Certificate
 from cluster.lora.merging import merged_ref
-from cluster.messages import MAX_CO_BATCHED, AdapterRef, GenerateRequest, Mixture
+from cluster.messages import MAX_CO_BATCHED, AdapterRef, GenerateRequest, MergeReport, Mixture
 from deployments import calls
 from deployments.adapter_shard import Fetched
 from deployments.merger import MERGE_WAIT_S, MergedMixture, Wanted
@@ -54,10 +54,12 @@ class MergedMixtures:
             if not self._num_users[ref]:
                 del self._num_users[ref], self._meant[ref]
 
-    def certificate(self, request: GenerateRequest) -> Certificate | None:
+    def report(self, request: GenerateRequest) -> MergeReport | None:
         """What is certain of the adapter that answers a request made by `in_one`; None if nothing was merged."""
-        (ref,) = request.mixture.refs[:1] or (None,)
-        return None if ref is None else self._certificates.get(ref)
+        for ref in request.mixture.refs:
+            if (certificate := self._certificates.get(ref)) is not None:
+                return MergeReport(certificate.method, certificate.rank, certificate.bound, certificate.kept_energy)
+        return None
 
     async def fetch(self, ref: AdapterRef) -> AsyncGenerator[Fetched, None]:
         """The merged adapter, or why it cannot be had."""

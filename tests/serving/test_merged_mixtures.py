@@ -13,16 +13,19 @@ from cluster.lora.merging import merge_parts, reduce_share
 from cluster.lora.packed_adapter import pack
 from cluster.lora.peft_format import unpack
 from cluster.lora.placement import owners_of
-from cluster.messages import MAX_CO_BATCHED, AdapterRef, ClientRequest, GenerateRequest, Mixture, SamplingParams
+from cluster.messages import MAX_CO_BATCHED, AdapterRef, GenerateRequest, Mixture, SamplingParams
+from deployments import grpc_api
 from deployments.adapter_shard import AdapterShard
 from deployments.base_replica import BaseReplica
 from deployments.coordinator import Coordinator
 from deployments.gateway import Gateway
 from deployments.merger import MergedMixture, Wanted
+from deployments.protos import zephyra_pb2 as pb
 from tests.nano import build_root, nano_base, publish_adapter
 from tests.serving.http_client import client_of
 from tests.serving.local import LocalHandle, WordRouter
 from tests.serving.test_coordinator import FakeShard
+from tests.serving.test_grpc import Context
 
 pytestmark = pytest.mark.anyio
 
@@ -155,9 +158,9 @@ async def test_a_large_mixture_is_answered_as_through_all_of_its_adapters_and_sa
     for number in range(2):  # the second finds it in the slot bank
         first, *others = chunks = await answered(replica, MIXTURE, f"large{number}")
         assert token_ids(chunks) == answered_by_all(many_root, MIXTURE)
-        assert 48 <= first.merged["rank"] <= 64
-        assert first.merged["kept_energy"] == pytest.approx(1.0)
-        assert 0 < first.merged["bound"] < 1e-3
+        assert 48 <= first.merged.rank <= 64
+        assert first.merged.kept_energy == pytest.approx(1.0)
+        assert 0 < first.merged.bound < 1e-3
         assert all(chunk.merged is None for chunk in others)
     (resident,) = replica.engine.resident
     assert (resident.domain[0], resident.version) == ("~", 64)
@@ -184,8 +187,13 @@ async def test_the_certificate_reaches_the_client(many_root):
     assert whole["zephyra"]["merged"] == merged.certificate.as_json()
     assert whole["zephyra"]["mixture"] == mixture
     assert "merged" not in small["zephyra"]
-    async with aclosing(await gateway.answer(ClientRequest("hi", mixture=mixture))) as answer:
-        assert answer.routing.merged == merged.certificate.as_json()
+    entries = [pb.MixtureEntry(domain=ref.domain, version=1, weight=weight) for ref, weight in MIXTURE.entries]
+    request = pb.GenerateRequest(prompt="hi", mixture=pb.Mixture(entries=entries), sampling=pb.Sampling(max_tokens=4))
+    over_grpc = await grpc_api.complete(gateway, request, Context())
+    for name, value in merged.certificate.as_json().items():
+        assert getattr(over_grpc.routing.merged, name) == value
+    request.mixture.CopyFrom(pb.Mixture(entries=entries[:1]))
+    assert not (await grpc_api.complete(gateway, request, Context())).routing.HasField("merged")
     replica.engine.stop()
 
 
