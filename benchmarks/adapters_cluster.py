@@ -8,7 +8,7 @@ import json
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,15 @@ from ray.util import list_named_actors
 from benchmarks.adapters_root import domain
 from cluster.config import AppSettings
 from cluster.engine.engine import EngineStats
+from cluster.lora.packed_adapter import PackedAdapter
+from cluster.messages import AdapterRef
+from deployments import calls
 from deployments.application import APPLICATION_NAME
 from deployments.cluster import HOST, Ports, serving
+from deployments.coordinator import Coordinator
 
 _TIMEOUT_S = 60.0
+_WARM_UP_FETCHES = 20
 
 
 @dataclass(slots=True)
@@ -66,12 +71,39 @@ class ServedRoot:
         """Adapters that came into slot banks so far."""
         return sum(len(one.resident_adapters) + one.num_evictions for one in self.stats())
 
+    def time_fetches(self, refs: Sequence[AdapterRef], num_shards: int, num_fetches: int) -> list[float]:
+        """Seconds that a coordinator of its own, in its own process, takes to fetch all of `refs`, time after time."""
+        timed = serve.deployment(name="TimedCoordinator", ray_actor_options={"num_cpus": 0.1})(TimedCoordinator)
+        handle = serve.run(timed.bind(num_shards), name="timed", route_prefix=None)
+        times_s: list[float] = handle.time_fetches.remote(tuple(refs), num_fetches).result(timeout_s=10 * _TIMEOUT_S)
+        serve.delete("timed")
+        return times_s
+
     def kill(self, deployment: str) -> None:
         """As if the machines of all its replicas had lost power."""
         prefix = f"SERVE_REPLICA::{APPLICATION_NAME}#{deployment}#"
         for actor in list_named_actors(all_namespaces=True):
             if actor["name"].startswith(prefix):
                 ray.kill(ray.get_actor(actor["name"], namespace="serve"))
+
+
+class TimedCoordinator(Coordinator):
+    """One that times itself, beside the application's own."""
+
+    def __init__(self, num_shards: int) -> None:
+        names = [f"AdapterShard-{index}" for index in range(num_shards)]
+        super().__init__([serve.get_deployment_handle(name, APPLICATION_NAME) for name in names])
+
+    async def time_fetches(self, refs: tuple[AdapterRef, ...], num_fetches: int) -> list[float]:
+        """Seconds of each fetch, the first few left out."""
+        times_s = []
+        for _ in range(num_fetches + _WARM_UP_FETCHES):
+            start_s = time.perf_counter()
+            async with aclosing(self.fetch(refs, calls.MESSAGE_BYTES)) as answers:
+                found = [fetched.result async for fetched in answers]
+            times_s.append(time.perf_counter() - start_s)
+            assert all(isinstance(result, PackedAdapter) for result in found), found
+        return times_s[_WARM_UP_FETCHES:]
 
 
 class Load:

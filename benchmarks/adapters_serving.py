@@ -57,18 +57,18 @@ class ServingBench:
         self._folder = folder
         self._console = console
 
-    def root(self, num_domains: int) -> Path:
+    def root(self, num_domains: int, rank: int = RANK) -> Path:
         """A root with so many domains."""
-        root = self._folder / f"root{num_domains}"
+        root = self._folder / f"root{num_domains}-{rank}"
         if not root.exists():
             self._console.print(f"writing {num_domains:,} adapters ...")
-            write_root(root, num_domains, RANK)
+            write_root(root, num_domains, rank)
         return root
 
     @contextmanager
-    def cluster(self, num_domains: int, num_slots: int, **settings: Any) -> Iterator[ServedRoot]:
+    def cluster(self, num_domains: int, num_slots: int, rank: int = RANK, **settings: Any) -> Iterator[ServedRoot]:
         """A cluster over the root of so many domains, whose slot banks hold `num_slots` of them in bf16."""
-        root = self.root(num_domains)
+        root = self.root(num_domains, rank)
         engine = {"adapter_bytes": num_slots * adapter_bytes(root)}
         self._console.print(f"serving {num_domains:,} domains, {num_slots} slots, {settings or 'by default'}")
         with served(root, dtype="bfloat16", engine=engine, **settings) as cluster:
@@ -263,6 +263,17 @@ async def _only_copy(load: Load, bench: ServingBench, cluster: ServedRoot) -> tu
     return time.perf_counter() - start_s, num_failed
 
 
+def fan_out(bench: ServingBench) -> Measurements:
+    """A coordinator asks four shards at once for four adapters of rank 16, each another shard's, which they have."""
+    with bench.cluster(FEW, num_slots=FEW, rank=16, shards=4) as cluster:
+        numbers = [next(number for number in range(FEW) if _owner(number, 4) == shard) for shard in range(4)]
+        times_s = cluster.time_fetches([AdapterRef(domain(number), 1) for number in numbers], 4, bench.effort.requests)
+    return {
+        "fanout4_p50_ms": Measurement((1000 * median(times_s),)),
+        "fanout4_p99_ms": Measurement((1000 * percentile(times_s, 0.99),)),
+    }
+
+
 def _owner(number: int, num_shards: int) -> int:
     return shard_of(AdapterRef(domain(number), 1), num_shards)
 
@@ -272,6 +283,7 @@ SERVING_SCENARIOS: dict[str, tuple[Callable[[ServingBench], Measurements], str]]
     "cold": (cold, "first token of a domain on a shard, and the pace of others meanwhile"),
     "published": (published, "throughput with 10,000 published against 64, and under Zipf's law"),
     "memory": (memory, "memory by what is published and by what is used"),
+    "fan_out": (fan_out, "four adapters from four shards"),
     "shard_loss": (shard_loss, "a shard dies, with two copies and with one"),
 }
 
