@@ -65,15 +65,15 @@ def machine_words(bench: Bench) -> str:
     )
 
 
-def result_line(figures: Measurements) -> str:
-    """`RESULT {json}`: every figure, and `<figure>_bound` where there is one, to four digits."""
+def result_line(figures: Measurements, digits: int = 4) -> str:
+    """`RESULT {json}`: every figure, and `<figure>_bound` where there is one, to so many digits."""
     numbers = {}
     for name, measurement in figures.items():
         numbers[name] = measurement.value
         if measurement.bound is not None:
             numbers[f"{name}_bound"] = measurement.bound
     assert all(math.isfinite(number) for number in numbers.values()), f"a figure is not a number: {numbers}"
-    return "RESULT " + json.dumps({name: float(f"{number:.4g}") for name, number in numbers.items()})
+    return "RESULT " + json.dumps({name: float(f"{number:.{digits}g}") for name, number in numbers.items()})
 
 
 def write_json(path: Path, figures: Measurements, bench: Bench) -> None:

@@ -67,3 +67,7 @@ class LayerProjection:
     """At least || R ||_F."""
     overlap: float
     """At least || Q^T R ||_F: nothing but rounding."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.z_NL.array.nbytes + self.g_MJ.array.nbytes

@@ -39,6 +39,7 @@ Sums = Mapping[str, WeightedSum]
 
 Products = Mapping[str, Scaled]
 Projections = Mapping[str, LayerProjection]
+Answer = Products | Projections
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ Ask = Sketch | Multiply | Project
 
 def merge_by_sketch(
     base_fingerprint: str, rank: int, dtype: torch.dtype, seed: int
-) -> Generator[Ask, Sequence[Products] | Sequence[Projections], Merged]:
+) -> Generator[Ask, Sequence[Answer], Merged]:
     """The coordinator's side: yields what to ask all shards, is sent their answers, returns what is merged.
 
     `base_fingerprint` is that of all shards' adapters, which the caller has compared.
@@ -179,7 +180,7 @@ def _skew(q_ML: Tensor) -> float:
     return norm(gram_LL) + gamma(len(q_ML) + 4) * norm(q_ML) ** 2
 
 
-def _add_up(products: Sequence[Products] | Sequence[Projections]) -> dict[str, Tensor]:
+def _add_up(products: Sequence[Answer]) -> dict[str, Tensor]:
     """The sum of all shards' products, by layer."""
     total: dict[str, Tensor] = {}
     for of_shard in products:

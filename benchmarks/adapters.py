@@ -1,0 +1,142 @@
+"""The adapter plane's figures: what it takes to keep, move and merge many adapters.
+
+Run it on an idle machine: what else runs is measured too.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.figures import Bar, Measurements
+from benchmarks.merging import FULL, QUICK, merging
+from benchmarks.report import in_words, result_line
+from benchmarks.system import num_cores
+from cluster.errors import InvalidInput, ZephyraError
+
+_DIGITS = 9
+"""Of the figures in RESULT: some bars lie within a hundred thousandth of 1."""
+
+_WIDTH = 130
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterBench:
+    """What a scenario is given."""
+
+    is_quick: bool
+    most_blocks: int | None
+    """Of a model, whose blocks are all alike; all by default."""
+    tables: Console
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Something that is run for the figures it gives."""
+
+    measure: Callable[[AdapterBench], Measurements]
+    what: str
+
+
+def _merging(bench: AdapterBench) -> Measurements:
+    mixings = tuple(
+        replace(mixing, num_blocks=min(mixing.num_blocks, bench.most_blocks or mixing.num_blocks))
+        for mixing in (QUICK if bench.is_quick else FULL)
+    )
+    task = bench.progress.add_task("merging", total=None)
+    return merging(mixings, bench.tables, lambda _: bench.progress.update(task, advance=1, refresh=True))
+
+
+SCENARIOS = {
+    "merging": Scenario(
+        _merging, "mixtures of up to 1,000 adapters, merged on 1, 2, 4 and 8 shards, against the optimum"
+    ),
+}
+
+BARS = {
+    "merge_exact_over_optimum": Bar(1 + 1e-5, at_most=True),
+    "merge_random_over_optimum": Bar(1.01, at_most=True),
+    "certificate_violations": Bar(0, at_most=True),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command. An error of the user's making ends it with a sentence and exit status 1."""
+    options = _parser().parse_args(arguments)
+    # Tables and the line RESULT go to standard output, everything else to standard error.
+    errors = Console(stderr=True)
+    num_threads = torch.get_num_threads()
+    try:
+        _run(options, errors)
+    except ZephyraError as error:
+        errors.print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.adapters",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="scenarios:\n" + "\n".join(f"  {name:10} {scenario.what}" for name, scenario in SCENARIOS.items()),
+    )
+    parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="NAME", help="scenarios to run")
+    parser.add_argument("--threads", type=int, default=num_cores(), help="of the products; all cores by default")
+    parser.add_argument("--blocks", type=int, help="merge so many of the model's blocks, which are all alike")
+    parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
+    parser.add_argument("--json", type=Path, help="where to keep every repeat")
+    return parser
+
+
+def _run(options: argparse.Namespace, errors: Console) -> None:
+    for name in ("threads", "blocks"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise InvalidInput(f"--{name} is {value}; expected at least 1.")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise InvalidInput(f"--json is {options.json}, whose folder does not exist; make it first.")
+    torch.set_num_threads(options.threads)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=errors,
+        # Redrawn between steps only: a thread that draws ten times a second slows what is timed.
+        auto_refresh=False,
+    )
+    bench = AdapterBench(options.quick, options.blocks, _terminal(), progress)
+    figures: Measurements = {}
+    with progress:
+        for name in [name for name in SCENARIOS if name in (options.only or SCENARIOS)]:
+            measured = SCENARIOS[name].measure(bench)
+            figures |= measured
+            errors.print(f"{name}: {in_words(measured)}", highlight=False)
+            if options.json is not None:
+                values = {name: {"value": m.value, "repeats": list(m.repeats)} for name, m in figures.items()}
+                options.json.write_text(json.dumps({"torch": torch.__version__, "figures": values}, indent=2))
+    for name, bar in BARS.items():
+        if name in figures:
+            verdict = "yes" if figures[name].reaches(bar) else "no"
+            bench.tables.print(f"{name} {figures[name].value:.{_DIGITS}g}, bar {bar}: {verdict}", highlight=False)
+    print(result_line(figures, _DIGITS), flush=True)
+
+
+def _terminal() -> Console:
+    """Standard output, wide enough for a table also where it is a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH)
+
+
+if __name__ == "__main__":
+    main()
