@@ -1,13 +1,10 @@
 """The adapter plane as a whole, on a real cluster: what is published, cold, resident, spread, or gone.
 
-A ratio compares runs of the same minutes; times are of the machine as it was. `python -m benchmarks.adapters_serving`
-runs all scenarios or those named.
+A ratio compares runs of the same minutes; times are of the machine as it was.
 """
 
-import argparse
 import asyncio
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +19,6 @@ from rich.console import Console
 from benchmarks.adapters_cluster import Answered, Load, ServedRoot, memory_of, served
 from benchmarks.adapters_root import adapter_bytes, domain, write_root
 from benchmarks.figures import Measurement, Measurements, paired_ratios, percentile
-from benchmarks.report import in_words, result_line
 from cluster.lora.placement import shard_of
 from cluster.messages import AdapterRef
 
@@ -52,8 +48,8 @@ QUICK = Effort(many=200, requests=64, rounds=1, new_tokens=4, load_s=4.0)
 class ServingBench:
     """What a scenario is given: roots, written when first needed."""
 
-    def __init__(self, folder: Path, effort: Effort, console: Console) -> None:
-        self.effort = effort
+    def __init__(self, folder: Path, is_quick: bool, console: Console) -> None:
+        self.effort = QUICK if is_quick else Effort()
         self._folder = folder
         self._console = console
 
@@ -286,25 +282,3 @@ SERVING_SCENARIOS: dict[str, tuple[Callable[[ServingBench], Measurements], str]]
     "fan_out": (fan_out, "four adapters from four shards"),
     "shard_loss": (shard_loss, "a shard dies, with two copies and with one"),
 }
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters_serving", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=SERVING_SCENARIOS, default=list(SERVING_SCENARIOS))
-    parser.add_argument("--quick", action="store_true", help="a little of everything")
-    parser.add_argument("--roots", type=Path, help="where roots are kept for the next time; by default nowhere")
-    options = parser.parse_args()
-    console = Console(stderr=True)
-    figures: Measurements = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        bench = ServingBench(options.roots or Path(temporary), QUICK if options.quick else Effort(), console)
-        for name in options.only:
-            measured = SERVING_SCENARIOS[name][0](bench)
-            figures |= measured
-            console.print(f"{name}: {in_words(measured)}", highlight=False)
-    print(result_line(figures), flush=True)
-
-
-if __name__ == "__main__":
-    main()
