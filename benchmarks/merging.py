@@ -21,7 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks.figures import Measurement, Measurements
 from benchmarks.random_model import SHAPES
 from cluster.lora.certificate import in_total
-from cluster.lora.merge_plan import LayerShares, choose
+from cluster.lora.merge_plan import LayerShares, Method, choose, exact_method
 from cluster.lora.merging import Merged, merge_parts, reduce_share, share_sums
 from cluster.lora.parts import Scaled
 from cluster.lora.sketching import Answer, Ask, Multiply, Project, Sums, merge_by_sketch
@@ -111,12 +111,13 @@ class Tally:
 
 
 def merging(mixings: Sequence[Mixing], console: Console, done: Callable[[str], None]) -> Measurements:
-    """Merge all of `mixings` in every way, print the table, and give the figures that it holds in short."""
-    tallies: dict[Mixing, dict[Way, Tally]] = {}
+    """Merge all of `mixings` in every way, print a table of each, and give the figures that they hold in short."""
+    tallies: list[tuple[Way, Tally]] = []
     for mixing in mixings:
-        tallies[mixing] = _merge_all(mixing, done)
-    _print(tallies, console)
-    return _figures([(way, tally) for of_mixing in tallies.values() for way, tally in of_mixing.items()])
+        of_mixing = _merge_all(mixing, done)
+        _print(mixing, of_mixing, console)
+        tallies += of_mixing.items()
+    return _figures(tallies)
 
 
 def _figures(tallies: Sequence[tuple[Way, Tally]]) -> Measurements:
@@ -182,10 +183,12 @@ def _by_parts(
     most_columns: int | None,
     tally: Tally,
 ) -> Merged:
-    parts = [
-        tally.on_shard(shard, partial(reduce_share, *share, most_columns=most_columns))
-        for shard, share in enumerate(shares)
-    ]
+    (layer, f), *_ = shares[0][0][0].factors.items()
+    columns = tuple(len(adapters) * _RANK for adapters, _ in shares)
+    method = exact_method(LayerShares(f.b_OR.shape[0], f.a_RI.shape[1], columns))
+    dense = [layer] if method is Method.DENSE_SUM else []
+    work = partial(reduce_share, most_columns=most_columns, dense=dense)
+    parts = [tally.on_shard(shard, partial(work, *share)) for shard, share in enumerate(shares)]
     tally.num_bytes += sum(part.num_bytes for part in parts)
     return tally.on_coordinator(lambda: merge_parts(parts, rank, dtype))
 
@@ -259,18 +262,18 @@ def _dense(factors: Sequence[Factors], weights: Sequence[float]) -> Tensor:
     return b_OC @ torch.cat([f.a_RI.double() for f in factors])
 
 
-_COLUMNS = ("model", "adapters", "rank", "way", "S", "seconds", "of shard", "MB", "error/least", "bound/error", "kept")
-
-
-def _print(tallies: Mapping[Mixing, Mapping[Way, Tally]], console: Console) -> None:
-    title = f"adapters of rank {_RANK}, shared directions that fade as j^-{DECAY:g}, {torch.get_num_threads()} threads"
-    table = Table(title=title, title_justify="left")
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name in ("model", "way") else "right", no_wrap=True)
-    for mixing, of_mixing in tallies.items():
-        for way, tally in sorted(of_mixing.items(), key=lambda pair: (str(pair[0]), pair[0].num_shards)):
-            table.add_row(mixing.model, f"{mixing.num_adapters:,}", str(mixing.rank), *_cells(way, tally))
-        console.print(f"{mixing.model}, {mixing.num_adapters} adapters: chosen {_chosen(mixing)}", highlight=False)
+def _print(mixing: Mixing, tallies: Mapping[Way, Tally], console: Console) -> None:
+    table = Table(
+        title=f"{mixing.num_adapters:,} adapters of rank {_RANK} merged to {mixing.rank}: {mixing.num_blocks} blocks "
+        f"of {mixing.model}, directions fade as j^-{DECAY:g}, threads: {torch.get_num_threads()}",
+        title_justify="left",
+        caption=f"the cost model's choice for S = {max(mixing.shards)}: {_chosen(mixing)}",
+        caption_justify="left",
+    )
+    for name in ("way", "S", "seconds", "of shard", "MB", "error/least", "bound/error", "kept"):
+        table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
+    for way, tally in sorted(tallies.items(), key=lambda pair: (str(pair[0]), pair[0].num_shards)):
+        table.add_row(*_cells(way, tally))
     console.print(table)
 
 

@@ -7,12 +7,13 @@ S shards hold K_s columns each (ranks of their adapters, summed) of a layer of M
 - `RANDOMIZED`: products with a sketch of L columns travel, (M + N) L numbers a round (Halko, Martinsson and Tropp 2011,
   arXiv 0909.4061; all blocks are kept, as Musco and Musco 2015, arXiv 1504.05477, do).
 
-The first two are exact, and a shard sends whichever of the two forms is smaller. The third is nearly as near the exact
-sum, but what it certifies is looser by up to sqrt(S), so that it must be worth it. Flops are those of Golub and Van
+The first two are exact. The third is nearly as near the exact sum, but what it certifies is looser by up to sqrt(S), so
+that it must be worth it. Flops are those of Golub and Van
 Loan, "Matrix computations"; what the slower ones weigh was measured.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 
 _BYTES = 4
@@ -24,12 +25,22 @@ EXTRA_COLUMNS = 8
 POWERS = 2
 """A sketch is multiplied so often by the sum's transpose and the sum: within 1 % of the optimum on flat spectra too."""
 
+_WORTH_FORMING = 8
+
 _QR_SLOWNESS, _SVD_FLOPS, _EIGEN_FLOPS = 2, 22, 9
 
 
 def crossover(out_features: int, in_features: int) -> int:
     """The number of columns from which on factors are no smaller than the matrix, m n / (m + n)."""
     return -(-out_features * in_features // (out_features + in_features))
+
+
+def travels_as_matrix(out_features: int, in_features: int, columns: int | None) -> bool:
+    """Whether a share of a layer whose sum becomes a matrix anyway is formed by the shard; None where it already was.
+
+    Up to `_WORTH_FORMING` times the bytes are less than what the coordinator would compute, all shards' in turn.
+    """
+    return columns is None or columns * _WORTH_FORMING >= crossover(out_features, in_features)
 
 
 class Method(Enum):
@@ -87,6 +98,16 @@ class Cost:
         return flops_s + self.num_bytes / machine.bytes_per_s + self.rounds * machine.round_trip_s
 
 
+def plan(shares: Sequence[Mapping[str, LayerShares]], rank: int, machine: Machine = Machine()) -> dict[str, Method]:
+    """The way of each layer that any shard holds something of, from what each shard says it holds."""
+    layers: dict[str, LayerShares] = {}
+    for of_shard in shares:
+        for name, of_layer in of_shard.items():
+            columns = (*layers[name].columns, *of_layer.columns) if name in layers else of_layer.columns
+            layers[name] = replace(of_layer, columns=columns)
+    return {name: choose(of_layer, rank, machine) for name, of_layer in layers.items()}
+
+
 def exact_method(shares: LayerShares) -> Method:
     """The exact way: by factors while all of them together are smaller than the matrix."""
     is_small = sum(shares.columns) < crossover(shares.out_features, shares.in_features)
@@ -120,9 +141,9 @@ def _by_factors(shares: LayerShares, rank: int) -> Cost:
 
 def _by_matrix(shares: LayerShares, rank: int) -> Cost:
     numbers, short = shares.numbers, min(shares.out_features, shares.in_features)
-    most = crossover(shares.out_features, shares.in_features)
-    as_factors = [columns for columns in shares.columns if columns < most]
-    as_matrix = [columns for columns in shares.columns if columns >= most]
+    shape = shares.out_features, shares.in_features
+    as_factors = [columns for columns in shares.columns if not travels_as_matrix(*shape, columns)]
+    as_matrix = [columns for columns in shares.columns if travels_as_matrix(*shape, columns)]
     adding = numbers * (len(as_matrix) + 2 * sum(as_factors))
     truncation = 2 * numbers * short + _EIGEN_FLOPS * short**3 + 2 * numbers * rank
     num_bytes = _BYTES * (numbers * len(as_matrix) + shares.sides * sum(as_factors))

@@ -6,7 +6,7 @@ up (triangle inequality): the certificate covers everything between the adapters
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.errors import IncompatibleAdapter
 from cluster.lora.certificate import Certificate, in_total
-from cluster.lora.merge_plan import Method, crossover
+from cluster.lora.merge_plan import LayerShares, Method, crossover, travels_as_matrix
 from cluster.lora.parts import Array, LayerPart, Part
 from cluster.lora.truncation import balanced, power_of_two, truncated
 from cluster.lora.weighted_sum import Accumulator, WeightedSum, norm, weighted_sum
@@ -46,6 +46,16 @@ def merged_ref(mixture: Mixture, rank: int, dtype: torch.dtype) -> AdapterRef:
     return AdapterRef(_MERGED_PREFIX + digest, rank)
 
 
+def share_sizes(adapters: Sequence[AdapterWeights]) -> dict[str, LayerShares]:
+    """What a shard says of its share before any work is done, for `merge_plan.plan`."""
+    sizes = {}
+    for name in _names(adapters):
+        factors = [adapter.factors[name] for adapter in adapters if name in adapter.factors]
+        num_out, num_in = len(factors[0].b_OR), factors[0].a_RI.shape[1]
+        sizes[name] = LayerShares(num_out, num_in, (sum(f.rank for f in factors),))
+    return sizes
+
+
 def share_sums(
     adapters: Sequence[AdapterWeights], weights: Sequence[float], layers: Sequence[str] | None = None
 ) -> Iterator[tuple[str, WeightedSum]]:
@@ -65,14 +75,19 @@ def reduce_share(
     weights: Sequence[float],
     most_columns: int | None = None,
     layers: Sequence[str] | None = None,
+    dense: Collection[str] = (),
 ) -> Part:
     """One shard's share of a mixture; at least one adapter. Raises like `share_sums`.
 
     A layer is factors of at most `most_columns` columns or, where that is smaller, a matrix; without `most_columns`
-    nothing is dropped. A caller short of memory takes the `layers` in groups: a group's matrices are in memory at once.
+    nothing is dropped. The plan names as `dense` the layers that become matrices at the coordinator anyway. A caller
+    short of memory takes the `layers` in groups: a group's matrices are in memory at once.
     """
-    sums = share_sums(adapters, weights, layers)
-    return Part({name: _part(total, 0.0, most_columns) for name, total in sums}, adapters[0].base_fingerprint)
+    parts = {}
+    for name, total in share_sums(adapters, weights, layers):
+        is_dense = name in dense and travels_as_matrix(*total.shape, total.columns)
+        parts[name] = _part(total.as_matrix() if is_dense else total, 0.0, most_columns)
+    return Part(parts, adapters[0].base_fingerprint)
 
 
 def join_parts(parts: Sequence[Part], most_columns: int | None = None) -> Part:

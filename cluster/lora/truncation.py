@@ -58,11 +58,12 @@ def _significant(left_MR: Tensor, right_NR: Tensor) -> tuple[Tensor, Tensor]:
 def balanced(left_MR: Tensor, right_NR: Tensor) -> tuple[Tensor, Tensor, float]:
     """`left` and `right` with columns of about equal norm and numbers of at most about 1, and their product's scale.
 
-    Everything is multiplied by powers of two only, and the scale is one that fp32 holds: their product stays exact.
+    Everything is multiplied by powers of two only, and the scale is one that fp32 holds: their product stays exact. The
+    layers of an adapter share few scales, which on disk and on the wire are exceptions by name.
     """
     left_norms_R = torch.linalg.vector_norm(left_MR, dim=0)
     right_norms_R = torch.linalg.vector_norm(right_NR, dim=0)
-    scale = power_of_two(float((left_norms_R * right_norms_R).max()))
+    scale = power_of_two(float((left_norms_R * right_norms_R).max()), exponent_step=8)
     size_R = (left_norms_R / scale * right_norms_R).sqrt()
     is_there = size_R > 0
     factor_R = _powers_of_two(torch.where(is_there, size_R / right_norms_R, 1.0))
@@ -76,9 +77,10 @@ def _powers_of_two(x_R: Tensor) -> Tensor:
     return torch.from_numpy(np.ldexp(1.0, exponents))
 
 
-def power_of_two(x: float) -> float:
-    """Near x, at least x where fp32 holds one; 1 for 0."""
+def power_of_two(x: float, exponent_step: int = 1) -> float:
+    """The least above x whose exponent is a multiple of the step, or the nearest to it that fp32 holds; 1 for 0."""
     if not x:
         return 1.0
     _, exponent = math.frexp(x)
-    return math.ldexp(1.0, min(max(exponent, -126), 127))
+    least, most = -126 // exponent_step + 1, 127 // exponent_step
+    return math.ldexp(1.0, min(max(-(-exponent // exponent_step), least), most) * exponent_step)

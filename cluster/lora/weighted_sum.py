@@ -8,7 +8,7 @@ Letters: M output width, N input width, K columns (the ranks of all adapters, su
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,6 +87,14 @@ class WeightedSum:
             return self.dense_MN.shape[0], self.dense_MN.shape[1]
         assert self.factors is not None
         return self.factors[0].shape[0], self.factors[1].shape[0]
+
+    def as_matrix(self) -> "WeightedSum":
+        """The same, held as the matrix."""
+        if self.factors is None:
+            return self
+        x_MK, y_NK = self.factors
+        error = self.error + gamma(self.num_terms + 2) * self.mass
+        return WeightedSum(None, x_MK @ y_NK.T, self.num_terms, self.mass, error)
 
     def times(self, right_NL: Tensor) -> Tensor:
         """The sum times a matrix, [M, L]."""
@@ -215,11 +223,24 @@ def weighted_sum(terms: Iterable[tuple[Factors, float]]) -> WeightedSum:
     Takes memory for the matrix at most, however many terms there are: they may be read as they are asked for.
     """
     accumulator: Accumulator | None = None
-    for factors, weight in terms:
-        if accumulator is None:
-            accumulator = Accumulator(factors.b_OR.shape[0], factors.a_RI.shape[1])
+    for batch in _batches(terms):
+        coefficients = [weight * factors.scale for factors, weight in batch for _ in range(factors.rank)]
         # Two roundings: of the coefficient, and of its product with B.
-        x_MK = factors.b_OR.double() * (weight * factors.scale)
-        accumulator.add(x_MK, factors.a_RI.double().T, num_roundings=2)
+        x_MK = torch.cat([f.b_OR for f, _ in batch], dim=1).double() * torch.tensor(coefficients, dtype=torch.float64)
+        y_NK = torch.cat([f.a_RI for f, _ in batch]).double().T
+        accumulator = accumulator or Accumulator(len(x_MK), len(y_NK))
+        accumulator.add(x_MK, y_NK, num_roundings=2)
     assert accumulator is not None, "a sum of nothing has no shape"
     return accumulator.finish()
+
+
+def _batches(terms: Iterable[tuple[Factors, float]]) -> Iterator[list[tuple[Factors, float]]]:
+    """A few operations on many columns take less time than many on few."""
+    batch: list[tuple[Factors, float]] = []
+    for factors, weight in terms:
+        batch.append((factors, weight))
+        if sum(f.rank for f, _ in batch) >= _FOLDED_COLUMNS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.lora.merge_plan import LayerShares, Machine, Method, choose, cost, crossover, exact_method
-from cluster.lora.merging import reduce_share, share_sums
+from cluster.lora.merge_plan import LayerShares, Machine, Method, choose, cost, crossover, exact_method, plan
+from cluster.lora.merging import merge_parts, reduce_share, share_sizes, share_sums
 from cluster.lora.parts import LayerProjection, Scaled
 from cluster.lora.sketching import Multiply, Project, Sketch, merge_by_sketch
-from cluster.lora.weights import AdapterWeights
+from cluster.lora.weights import AdapterWeights, Factors
 from tests.lora.mixtures import FINGERPRINT, LAYER, adapter
 
 
@@ -68,11 +68,13 @@ SHAPES = [(120, 200), (200, 120), (160, 160)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("columns", [(8, 24), (80, 160), (40, 16)])
+@pytest.mark.parametrize("columns", [(8, 24), (80, 160), (40, 16), (8, 72)])
 def test_the_bytes_of_the_exact_ways_are_those_sent(shape: tuple[int, int], columns: tuple[int, ...]) -> None:
     shares = LayerShares(*shape, columns)
-    parts = [reduce_share(_share(*shape, each), [1.0] * (each // 8)) for each in columns]
+    dense = [LAYER] if exact_method(shares) is Method.DENSE_SUM else []
+    parts = [reduce_share(_share(*shape, each), [1.0] * (each // 8), dense=dense) for each in columns]
     assert cost(exact_method(shares), shares, 16).num_bytes == sum(part.num_bytes for part in parts)
+    assert merge_parts(parts, 16, torch.float32).certificate.method == exact_method(shares).value
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -107,6 +109,15 @@ def test_a_sketch_is_chosen_for_wide_layers_and_many_shards_only() -> None:
     assert choose(LayerShares(8192, 8192, many), 64) is Method.RANDOMIZED
     assert choose(LayerShares(8192, 8192, (8, 16)), 64) is Method.QR_SVD
     assert choose(LayerShares(8192, 8192, many), 8192) is Method.DENSE_SUM
+
+
+def test_the_plan_is_each_layer_s_choice_from_what_all_shards_hold_of_it() -> None:
+    first, second = _share(24, 40, 16), _share(24, 40, 8)
+    extra = AdapterWeights({"other": Factors(torch.zeros(3, 40), torch.zeros(24, 3), 1.0)}, FINGERPRINT)
+    sizes = [share_sizes(first), share_sizes([*second, extra])]
+    assert sizes[0] == {LAYER: LayerShares(24, 40, (16,))}
+    assert sizes[1] == {LAYER: LayerShares(24, 40, (8,)), "other": LayerShares(24, 40, (3,))}
+    assert plan(sizes, 4) == {LAYER: Method.DENSE_SUM, "other": Method.QR_SVD}
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])

@@ -125,8 +125,11 @@ def test_parts_are_read_only_and_survive_the_wire_without_a_copy() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_certified_is_what_arrives_at_the_replica_bit_for_bit(dtype: torch.dtype) -> None:
-    merged = merge_parts([reduce_share([_random(4, 24, 30, seed) for seed in range(4)], [0.3] * 4)], 5, dtype)
+    adapters = [random_adapter(nano_model(), ranks=(2, 3), seed=seed) for seed in range(4)]
+    merged = merge_parts([reduce_share(adapters, [0.3, 1 / 64, 50.0, 1.0])], 5, dtype)
     back = unpack(packed(merged.weights), dtype)
+    assert back.factors.keys() == merged.weights.factors.keys()
+    assert len({f.scale for f in merged.weights.factors.values()}) > 1
     for name, f in merged.weights.factors.items():
         assert back.factors[name].scale == f.scale
         assert torch.equal(back.factors[name].a_RI, f.a_RI)
@@ -188,6 +191,13 @@ def test_a_sum_beyond_what_a_model_can_add_is_refused() -> None:
         reduce_share([huge], [1.0])
     with pytest.raises(InvalidMixture, match="lower the weights"):
         reduce_share([adapter(torch.ones(1, 3), torch.ones(2, 1))], [1e308])
+
+
+def test_what_has_no_weight_does_no_harm_however_large_it_is() -> None:
+    huge = adapter(torch.full((1, 9), 1e30), torch.zeros(8, 1))
+    merged = merge_parts([reduce_share([huge, _random(2, 8, 9, 0)], [1.0, 1.0])], 4, torch.float16)
+    merged.weights.check_finite()
+    assert merged.certificate.kept_energy > 0.999
 
 
 def test_adapters_of_two_bases_are_refused() -> None:

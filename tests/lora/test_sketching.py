@@ -73,6 +73,14 @@ def test_a_sketch_is_within_a_hundredth_of_the_optimum(decay: float, shape: tupl
     assert merged.certificate.bound <= 1.02 * math.sqrt(3) * best
 
 
+def test_shards_that_err_alike_are_certified_for_all_of_them() -> None:
+    adapters = _spread(90, 110, 30, 0.0)
+    case = Case(adapters * 3, [1.0] * 90, [0] * 30 + [1] * 30 + [2] * 30)
+    merged = _by_sketch(case, 2, torch.float32)
+    error = frobenius(case.exact - served_delta(merged.weights))
+    assert error <= merged.certificate.bound <= error * (1 + 1e-5)
+
+
 def test_shards_that_cancel_one_another_are_certified_all_the_same() -> None:
     adapters = _spread(20, 30, 4, 0.0)
     opposite = [adapter(-a.factors[LAYER].a_RI, a.factors[LAYER].b_OR) for a in adapters]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.lora import weighted_sum as module
 from cluster.lora.merge_plan import crossover
-from cluster.lora.truncation import balanced, truncated
+from cluster.lora.truncation import balanced, power_of_two, truncated
 from cluster.lora.weighted_sum import WeightedSum, gamma, mass, norm, weighted_sum
 from tests.lora.mixtures import LAYER, Case, adapter, cases, exact_sum, frobenius, optimum
 
@@ -36,6 +36,8 @@ def test_a_sum_is_held_in_the_smaller_form_within_the_error_it_states(case: Case
     assert (total.columns is None) == (num_columns >= crossover(*total.shape))
     assert frobenius(_held(total) - case.exact) <= total.error <= 1e-12 * total.mass + 1e-119
     assert frobenius(case.exact) <= total.mass
+    matrix = total.as_matrix()
+    assert frobenius(_held(matrix) - case.exact) <= matrix.error <= 1e-12 * total.mass + 1e-119
 
 
 @settings(deadline=None, max_examples=100)
@@ -109,3 +111,11 @@ def test_a_sum_of_many_is_the_sum_whatever_the_order() -> None:
     for total in (_sum(forward), _sum(backward)):
         assert frobenius(_held(total) - exact) <= total.error
     assert not torch.equal(_sum(forward).dense_MN, _sum(backward).dense_MN)
+
+
+@pytest.mark.parametrize("x", [1e-30, 0.3, 1.0, 255.0, 256.0, 1e30])
+@pytest.mark.parametrize("step", [1, 8])
+def test_a_power_of_two_is_the_next_above(x: float, step: int) -> None:
+    exponent = np.log2(power_of_two(x, step))
+    assert exponent % step == 0
+    assert x < 2**exponent <= x * 2**step
