@@ -6,22 +6,35 @@ imports torch.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from cluster.errors import UnknownDomain, ZephyraError
 from cluster.lora.byte_lru import ByteLru
-from cluster.lora.packed_adapter import PackedAdapter, pack
-from cluster.lora.parts import Part
+from cluster.lora.merge_plan import LayerShares
+from cluster.lora.packed_adapter import TENSORS_FILE, PackedAdapter, pack
+from cluster.lora.parts import LayerProjection, Part, Scaled
 from cluster.messages import AdapterRef
 from deployments.joined import Joined
+
+if TYPE_CHECKING:
+    from cluster.lora.sketching import Ask, Sums
+    from deployments.mixture_share import Share
 
 SHARD_BYTES = 2**30
 """Adapters that a shard keeps mapped, so that they are not checked again; what was used longest ago goes first."""
 
-_REDUCED_AT_ONCE = 32
-"""Adapters of a share that are unpacked at the same time."""
+Entries = tuple[tuple[AdapterRef, float], ...]
+"""Adapters with their weights, as `Mixture.entries`."""
+
+ShareSizes = tuple[str, Mapping[str, LayerShares]]
+"""The base's fingerprint, and what a share holds of each layer."""
+
+SketchAnswer = Mapping[str, Scaled] | Mapping[str, LayerProjection]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +65,7 @@ class AdapterShard:
         self._kept: ByteLru[AdapterRef, PackedAdapter] = ByteLru(max_bytes)
         # A caller that does not wait long enough finds the adapter there when it asks again.
         self._read = Joined(self._read_one)
+        self._sums: tuple[object, Sums] | None = None
 
     async def get(self, ref: AdapterRef, most_bytes: int | None = None) -> Fetched:
         """The adapter, or why it cannot be had; one of more than `most_bytes` is named, not sent."""
@@ -60,18 +74,37 @@ class AdapterShard:
             return Fetched(ref, TooLarge(packed.num_bytes))
         return Fetched(ref, packed)
 
-    async def reduce(self, entries: tuple[tuple[AdapterRef, float], ...]) -> Part | ZephyraError:
-        """The weighted sum of these adapters, or why it cannot be had: one that is missing fails them all."""
-        part: Part | None = None
+    async def sizes(self, entries: Entries) -> ShareSizes | ZephyraError:
+        """What these adapters hold of each layer, or why it cannot be said: one that is missing fails them all."""
+        return await self._of_share(entries, lambda share: (share.base_fingerprint, share.sizes()))
+
+    async def reduce(self, entries: Entries, layers: tuple[str, ...], dense: frozenset[str]) -> Part | ZephyraError:
+        """The weighted sum of some layers of these adapters, `dense` as in `merging.reduce_share`; or why not."""
+        return await self._of_share(entries, lambda share: share.reduced(layers, dense))
+
+    async def sketch(self, entries: Entries, layers: tuple[str, ...], ask: "Ask") -> SketchAnswer | ZephyraError:
+        """What a merge by sketch asks of the same sum, which is kept for its next ask; or why not."""
+        key = (entries, layers)
+
+        def answer(share: "Share") -> SketchAnswer:
+            kept = self._sums
+            if kept is None or kept[0] != key:
+                kept = self._sums = (key, share.sums(layers))
+            return ask.answer(kept[1])
+
+        return await self._of_share(entries, answer)
+
+    async def _of_share(self, entries: Entries, work: Callable[["Share"], T]) -> T | ZephyraError:
+        found = [(await self.get(ref)).result for ref, _ in entries]
+        packed = [one for one in found if isinstance(one, PackedAdapter)]
+        for one in found:
+            if isinstance(one, ZephyraError):
+                return one
+        files = [folder_of(self._root, ref) / TENSORS_FILE for ref, _ in entries]
         try:
-            for start in range(0, len(entries), _REDUCED_AT_ONCE):
-                share = entries[start : start + _REDUCED_AT_ONCE]
-                found = [(await self.get(ref)).result for ref, _ in share]
-                part = await asyncio.to_thread(_reduced, part, found, [weight for _, weight in share])
+            return await asyncio.to_thread(_worked, work, files, packed, [weight for _, weight in entries])
         except ZephyraError as error:
             return error
-        assert part is not None, "a share has adapters"
-        return part
 
     async def _read_one(self, ref: AdapterRef) -> PackedAdapter | ZephyraError:
         try:
@@ -89,20 +122,9 @@ def _packed(root: Path, ref: AdapterRef) -> PackedAdapter:
     return pack(folder)
 
 
-def _reduced(
-    part: Part | None, found: Sequence[PackedAdapter | TooLarge | ZephyraError], weights: Sequence[float]
-) -> Part:
-    """`part` and the weighted sum of what was found; nothing is dropped. Raises the first error that was found."""
-    import torch
+def _worked(
+    work: Callable[["Share"], T], files: Sequence[Path], packed: Sequence[PackedAdapter], weights: Sequence[float]
+) -> T:
+    from deployments.mixture_share import Share
 
-    from cluster.lora.merging import join_parts, reduce_share
-    from cluster.lora.peft_format import unpack
-
-    adapters = []
-    for packed in found:
-        if isinstance(packed, ZephyraError):
-            raise packed
-        assert isinstance(packed, PackedAdapter), "nothing is too large for its own shard"
-        adapters.append(unpack(packed, torch.float32))
-    share = reduce_share(adapters, weights)
-    return share if part is None else join_parts([part, share])
+    return work(Share(files, packed, weights))

@@ -7,10 +7,13 @@ PEFT has no place for: the base's fingerprint and the checksum. Nothing else is 
 import hashlib
 import json
 import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 
@@ -42,17 +45,52 @@ _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def unpack(packed: PackedAdapter, dtype: torch.dtype, device: torch.device | str = "cpu") -> AdapterWeights:
     """The factors of a packed adapter. Raises `IncompatibleAdapter` or `CorruptArtifact`."""
-    try:
-        config = json.loads(packed.config_json)
+    with _as_corrupt():
         tensors = safetensors.torch.load(packed.tensors.tobytes())
-        factors = _factors(config, tensors, dtype, torch.device(device))
-    except ZephyraError:
-        raise
-    except Exception as error:  # whatever a strange file makes of these lines
-        raise CorruptArtifact(f"The adapter is not in PEFT's layout: {error}.") from error
+        factors = _factors(json.loads(packed.config_json), tensors, dtype, torch.device(device))
     weights = AdapterWeights(factors, packed.base_fingerprint)
     weights.check_finite()
     return weights
+
+
+def unpack_layers(
+    file: Path, packed: PackedAdapter, layers: Collection[str], dtype: torch.dtype
+) -> AdapterWeights | None:
+    """As `unpack`, of some layers only, read from the `file` that was packed; None if it holds none of them."""
+    with _as_corrupt(), safetensors.safe_open(file, framework="pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys() if _layer_of(key) in layers}  # noqa: SIM118
+        if not tensors:
+            return None
+        factors = _factors(json.loads(packed.config_json), tensors, dtype, torch.device("cpu"))
+    weights = AdapterWeights(factors, packed.base_fingerprint)
+    weights.check_finite()
+    return weights
+
+
+def layer_sizes(file: Path) -> dict[str, tuple[int, int, int]]:
+    """Output width, input width and rank of each layer, by the file's header alone. Raises `CorruptArtifact`."""
+    with _as_corrupt(), safetensors.safe_open(file, framework="np") as opened:
+        shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+        return {
+            _layer_of(key): (shapes[key.replace(".lora_A.", ".lora_B.")][0], num_in, rank)
+            for key, (rank, num_in) in shapes.items()
+            if ".lora_A." in key
+        }
+
+
+def _layer_of(key: str) -> str:
+    return key.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".lora_A").removesuffix(".lora_B")
+
+
+@contextmanager
+def _as_corrupt() -> Iterator[None]:
+    """Whatever a strange file makes of the lines inside is an error of ours."""
+    try:
+        yield
+    except ZephyraError:
+        raise
+    except Exception as error:
+        raise CorruptArtifact(f"The adapter is not in PEFT's layout: {error}.") from error
 
 
 def read_foreign(folder: Path, base_fingerprint: str, dtype: torch.dtype = torch.float32) -> AdapterWeights:

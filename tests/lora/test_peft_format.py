@@ -249,3 +249,26 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     assert not evidence.exists()
     torch.load((folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), weights_only=False)
     assert evidence.exists(), "the pickle was meant to go off when it is loaded"
+
+
+def test_some_layers_are_read_from_the_file_as_all_are_from_its_bytes(tmp_path: Path) -> None:
+    peft_format.save(tmp_path, random_adapter(nano_model(), (4, 2)), "base/1")
+    packed, file = pack(tmp_path), tmp_path / "adapter_model.safetensors"
+    whole = peft_format.unpack(packed, torch.float32).factors
+    sizes = {name: (f.b_OR.shape[0], f.a_RI.shape[1], f.rank) for name, f in whole.items()}
+    assert peft_format.layer_sizes(file) == sizes
+    some = sorted(whole)[1::2]
+    part = peft_format.unpack_layers(file, packed, [*some, "model.layers.99.mlp.up_proj"], torch.float32)
+    assert part is not None
+    assert part.base_fingerprint == FINGERPRINT
+    assert sorted(part.factors) == some
+    for name, factors in part.factors.items():
+        assert torch.equal(factors.a_RI, whole[name].a_RI)
+        assert torch.equal(factors.b_OR, whole[name].b_OR)
+        assert factors.scale == whole[name].scale
+    assert peft_format.unpack_layers(file, packed, ["none"], torch.float32) is None
+    file.write_bytes(b"not a file of tensors")
+    with pytest.raises(CorruptArtifact, match="PEFT's layout"):
+        peft_format.unpack_layers(file, packed, some, torch.float32)
+    with pytest.raises(CorruptArtifact, match="PEFT's layout"):
+        peft_format.layer_sizes(file)
