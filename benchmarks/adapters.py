@@ -6,6 +6,7 @@ Run it on an idle machine: what else runs is measured too.
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.adapters_serving import SERVING_SCENARIOS, ServingBench
 from benchmarks.figures import Bar, Measurements
 from benchmarks.merging import FULL, QUICK, merging
 from benchmarks.report import in_words, result_line
@@ -35,6 +37,8 @@ class AdapterBench:
     """Of a model, whose blocks are all alike; all by default."""
     tables: Console
     progress: Progress
+    serving: ServingBench
+    """What the scenarios on a cluster are given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +58,28 @@ def _merging(bench: AdapterBench) -> Measurements:
     return merging(mixings, bench.tables, lambda _: bench.progress.update(task, advance=1, refresh=True))
 
 
+def _on_cluster(measure: Callable[[ServingBench], Measurements]) -> Callable[[AdapterBench], Measurements]:
+    return lambda bench: measure(bench.serving)
+
+
 SCENARIOS = {
     "merging": Scenario(
         _merging, "mixtures of up to 1,000 adapters, merged on 1, 2, 4 and 8 shards, against the optimum"
     ),
+    **{name: Scenario(_on_cluster(measure), what) for name, (measure, what) in SERVING_SCENARIOS.items()},
 }
 
 BARS = {
     "merge_exact_over_optimum": Bar(1 + 1e-5, at_most=True),
     "merge_random_over_optimum": Bar(1.01, at_most=True),
     "certificate_violations": Bar(0, at_most=True),
+    "published10000_over_64": Bar(0.95),
+    "cold_over_warm_p99": Bar(2, at_most=True),
+    "others_tpot_p99_ratio": Bar(1.2, at_most=True),
+    "fanout4_p50_ms": Bar(6, at_most=True),
+    "failed_on_shard_kill": Bar(0, at_most=True),
+    "failed_on_other_shards": Bar(0, at_most=True),
+    "shard_recovery_s": Bar(3, at_most=True),
 }
 
 
@@ -95,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=num_cores(), help="of the products; all cores by default")
     parser.add_argument("--blocks", type=int, help="merge so many of the model's blocks, which are all alike")
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
+    parser.add_argument("--roots", type=Path, help="where roots to be served are kept for the next time")
     parser.add_argument("--json", type=Path, help="where to keep every repeat")
     return parser
 
@@ -115,9 +132,10 @@ def _run(options: argparse.Namespace, errors: Console) -> None:
         # Redrawn between steps only: a thread that draws ten times a second slows what is timed.
         auto_refresh=False,
     )
-    bench = AdapterBench(options.quick, options.blocks, _terminal(), progress)
     figures: Measurements = {}
-    with progress:
+    with progress, tempfile.TemporaryDirectory() as temporary:
+        serving = ServingBench(options.roots or Path(temporary), options.quick, errors)
+        bench = AdapterBench(options.quick, options.blocks, _terminal(), progress, serving)
         for name in [name for name in SCENARIOS if name in (options.only or SCENARIOS)]:
             measured = SCENARIOS[name].measure(bench)
             figures |= measured

@@ -43,7 +43,7 @@ def write_random_model(folder: Path, shape: Shape, num_adapters: int, rank: int 
     """Write the base, its tokenizer and the adapters below `folder`, all in bf16."""
     torch.manual_seed(0)
     vocab_size = min(shape.vocab_size, _TOKENIZER_VOCAB_SIZE)
-    tokenizer = train_tokenizer(_texts(shape.tokenizer_files), vocab_size, _CONTEXT_TOKENS)
+    tokenizer = train_tokenizer(library_texts(shape.tokenizer_files), vocab_size, _CONTEXT_TOKENS)
     config = Qwen2Config(
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -76,7 +76,8 @@ def _random(*shape: int) -> torch.Tensor:
     return (torch.randn(*shape) * 0.02).to(torch.bfloat16)
 
 
-def _texts(num_files: int) -> Iterator[str]:
+def library_texts(num_files: int) -> Iterator[str]:
+    """Something to train a tokenizer on: so many files of Python's standard library."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     for file in islice(files, num_files):
         yield file.read_text(errors="replace")

@@ -197,6 +197,15 @@ class StageSettings(_Settings):
         return path
 
 
+class FetchSettings(_Settings):
+    """How the coordinator fetches adapters; the one part that changes on a running system, as its `user_config`."""
+
+    copies: int = Field(default=2, ge=1, le=1024)
+    """Shards that hold each adapter, or all if there are fewer: the next is asked where one is slow or gone."""
+    hedge_ms: float | None = Field(default=None, gt=0, le=60_000)
+    """A shard that takes longer has the next one asked as well; by default half as much again as 95 % of answers."""
+
+
 class AppSettings(_Settings):
     """What `serve run deployments:app key=value ...` takes, and `args` in ray_config.yaml."""
 
@@ -213,8 +222,21 @@ class AppSettings(_Settings):
     """Where base replicas run; each takes a GPU of its own."""
     shards: int = Field(default=2, ge=1, le=1024)
     """Adapter shards."""
+    copies: int = Field(default=2, ge=1, le=1024)
+    """Shards that hold each adapter, or all if there are fewer; also `copies` in the Coordinator's `user_config`."""
+    hedge_ms: float | None = Field(default=None, gt=0, le=60_000)
+    """As `FetchSettings.hedge_ms`."""
     replicas: int = Field(default=1, ge=1, le=1024)
     """Base replicas."""
+    merge_rank: int = Field(default=64, ge=1, le=1024)
+    """Rank of the one adapter that a mixture of more than eight is merged to."""
+    affinity_slack: int | None = Field(default=8, ge=0, le=1_000_000)
+    """A request goes to a replica that holds its adapters unless that one has more than so many requests beyond the
+    idlest one's; none for whichever of two is idler, whatever they hold."""
+    host_adapter_bytes: int = Field(default=2**30, ge=0)
+    """Adapters that a base replica keeps in memory behind its slot bank, as their files' bytes."""
+    drain_s: float = Field(default=60.0, ge=0, le=86_400)
+    """A process that is replaced or stopped may take so long to end the answers it has begun."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of a base replica's products; 0 for all cores but one, which the other processes need."""
     engine: EngineSettings = EngineSettings()

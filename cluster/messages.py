@@ -20,6 +20,9 @@ RESERVED_NAMES = frozenset({NONE_DOMAIN, "base", "zephyra"})
 MAX_MIXTURE_ENTRIES = 1024
 """The most adapters that one request may mix."""
 
+MAX_CO_BATCHED = 8
+"""A mixture of up to so many adapters is answered through all of them, exactly; a larger one is merged to one first."""
+
 WEIGHT_STEP = 1 / 64
 """The router's weights are multiples of this, so that mixtures recur and what they need can be cached."""
 
@@ -308,6 +311,18 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class MergeReport:
+    """How a mixture of many adapters was merged to one, and what is certain of it."""
+
+    method: str
+    rank: int
+    bound: float
+    """At least the Frobenius distance, over all layers, between the exact weighted sum and what answers."""
+    kept_energy: float
+    """At least this share of the sum's squared norm is kept."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenChunk:
     """A piece of a streamed answer. Texts of all chunks joined are the answer; no chunk splits a UTF-8 character."""
 
@@ -319,3 +334,5 @@ class TokenChunk:
     """Length of the prompt; set on the last chunk."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per token id, if the request asked for them."""
+    merged: MergeReport | None = None
+    """On the first chunk, where the mixture was merged to one adapter."""

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.schema import LoggingConfig
 
 import cluster
-from cluster.config import CHECKOUT, AppSettings
+from cluster.config import CHECKOUT, AppSettings, FetchSettings
 from cluster.errors import InvalidInput
 from deployments.adapter_shard import AdapterShard
+from deployments.affinity_router import router_config
 from deployments.base_folder import base_folder
 from deployments.base_replica import BaseReplica
 from deployments.coordinator import Coordinator
@@ -38,10 +40,21 @@ def bind(settings: AppSettings) -> Application:
         _deployment(AdapterShard, f"AdapterShard-{index}", num_cpus=_shard_cpus(settings.shards)).bind(root)
         for index in range(settings.shards)
     ]
-    coordinator = _deployment(Coordinator, "Coordinator", num_cpus=0.1).bind(shards)
-    num_gpus = int(settings.device == "cuda")
-    replica = _deployment(BaseReplica, "BaseReplica", 0.5, settings.replicas, num_gpus).bind(coordinator, settings)
-    return _deployment(serve.ingress()(Ingress), "Gateway", num_cpus=0.1).bind(router, replica, root)
+    fetching = FetchSettings(copies=settings.copies, hedge_ms=settings.hedge_ms)
+    coordinator = _deployment(Coordinator, "Coordinator", num_cpus=0.1, user_config=fetching.model_dump()).bind(shards)
+    replica = _deployment(
+        BaseReplica,
+        "BaseReplica",
+        num_cpus=0.5,
+        num_replicas=settings.replicas,
+        drain_s=settings.drain_s,
+        num_gpus=int(settings.device == "cuda"),
+        **(
+            {} if settings.affinity_slack is None else {"request_router_config": router_config(settings.affinity_slack)}
+        ),
+    ).bind(coordinator, settings)
+    gateway = _deployment(serve.ingress()(Ingress), "Gateway", num_cpus=0.1, drain_s=settings.drain_s)
+    return gateway.bind(router, replica, root)
 
 
 def check_packages(imported: ModuleType = cluster) -> None:
@@ -56,21 +69,25 @@ def _shard_cpus(num_shards: int) -> float:
     return max(round(_SHARDS_CPUS / max(num_shards, 4), 4), 0.0001)
 
 
-def _deployment(cls: type, name: str, num_cpus: float, num_replicas: int = 1, num_gpus: int = 0) -> Deployment:
+def _deployment(
+    cls: type, name: str, num_cpus: float, num_gpus: int = 0, drain_s: float = 5.0, **options: Any
+) -> Deployment:
     """`cls` as a deployment. The engine and the queues in front of it limit what runs, so Serve admits plenty;
     a dead replica is noticed within a second instead of Serve's ten.
     """
     decorate = serve.deployment(
         name=name,
-        num_replicas=num_replicas,
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
         max_ongoing_requests=1024,
         health_check_period_s=1,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=drain_s,
+        # A rolling restart starts the new one before it stops the old, but where that would take a second GPU.
+        max_surge_percent=0 if num_gpus else 100,
         # One line per request, not one per hop.
         logging_config=LoggingConfig(enable_access_log=name == "Gateway"),
+        **options,
     )
     deployment: Deployment = decorate(cls)
     return deployment

@@ -4,20 +4,26 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from cluster.config import AppSettings
 from cluster.engine.engine import Engine, EngineStats
 from cluster.errors import AdapterUnavailable, ZephyraError
+from cluster.lora.affinity import publish
+from cluster.lora.packed_adapter import PackedAdapter
 from cluster.lora.peft_format import unpack
 from cluster.lora.weights import AdapterWeights
 from cluster.messages import AdapterRef, GenerateRequest, TokenChunk
 from cluster.model.base import load_base, saved_dtype
 from deployments import calls
-from deployments.adapter_shard import Fetched
+from deployments.adapter_shard import Fetched, TooLarge
 from deployments.base_folder import base_folder
 from deployments.engine_loop import EngineLoop, Loaded
+from deployments.host_memory import HostMemory
+from deployments.merged_mixtures import MergedMixtures
 
 COORDINATOR_WAIT_S = 5.0
 """Longer than the coordinator waits for a shard and than Serve takes to replace a coordinator that died."""
@@ -28,29 +34,38 @@ class BaseReplica:
 
     def __init__(self, coordinator: calls.Handle, settings: AppSettings) -> None:
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
-        # Adapters may exceed what a message may hold.
-        self._coordinator = calls.method(coordinator, "fetch", stream=True, by_reference=True)
+        self._fetch_in_message = calls.method(coordinator, "fetch", stream=True)
+        self._fetch_by_reference = calls.method(coordinator, "fetch", stream=True, by_reference=True)
+        self.host = HostMemory(self._fetch_packed, settings.host_adapter_bytes)
         folder = base_folder(settings)
         dtype = saved_dtype(folder) if settings.dtype is None else getattr(torch, settings.dtype)
         base = load_base(folder, dtype, settings.device)
         self._dtype, self._device = base.model.dtype, base.model.device
-        self.engine = EngineLoop(Engine(base, settings.engine), self._fetch)
+        self._merged = MergedMixtures(coordinator, settings.merge_rank, self._dtype)
+        self.engine = EngineLoop(Engine(base, settings.engine), self._fetch, self.host.prefetch)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk | ZephyraError]:
         """The answer's chunks. Cancelling the call takes the sequence out of the batch.
 
         What is wrong with the request comes as the last item: raised, Serve would log it as this replica's failure.
         """
-        async with aclosing(self.engine.generate(request)) as chunks:
-            try:
-                async for chunk in chunks:
-                    yield chunk
-            except ZephyraError as error:
-                yield error
+        with self._merged.in_one(request) as asked:
+            async with aclosing(self.engine.generate(asked)) as chunks:
+                is_first = True
+                try:
+                    async for chunk in chunks:
+                        yield replace(chunk, merged=self._merged.report(asked)) if is_first else chunk
+                        is_first = False
+                except ZephyraError as error:
+                    yield error
 
     async def stats(self) -> EngineStats:
         """The engine's own numbers."""
         return await self.engine.stats()
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve, which hands it to every AffinityRouter: what this replica holds, and how busy it is."""
+        return publish(self.engine.resident, self.host.held, self.engine.num_unanswered)
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces this replica when it raises."""
@@ -58,15 +73,44 @@ class BaseReplica:
             raise self.engine.failure
 
     async def _fetch(self, refs: tuple[AdapterRef, ...]) -> AsyncGenerator[Loaded, None]:
-        lost = AdapterUnavailable("The coordinator of the adapters did not answer; try again in a few seconds.")
-        answers = calls.stream(self._coordinator, refs, lost=lost, item_timeout_s=COORDINATOR_WAIT_S)
-        async with aclosing(answers):
+        async with aclosing(self.host.get(refs)) as answers:
             async for fetched in answers:
                 yield fetched.ref, await asyncio.to_thread(self._unpacked, fetched)
+
+    async def _fetch_packed(self, refs: tuple[AdapterRef, ...]) -> AsyncGenerator[Fetched, None]:
+        """All at once from the coordinator, adapters and merged mixtures."""
+        published = tuple(ref for ref in refs if ref not in self._merged)
+        merges = [self._merged.fetch(ref) for ref in refs if ref in self._merged]
+        streams = [self._fetch_published(published)] if published else []
+        async with aclosing(calls.merge([*streams, *merges])) as answers:
+            async for fetched in answers:
+                yield fetched
+
+    async def _fetch_published(self, refs: tuple[AdapterRef, ...]) -> AsyncGenerator[Fetched, None]:
+        """In messages, which is quicker, then by reference what is too large for them."""
+        lost = AdapterUnavailable("The coordinator of the adapters did not answer; try again in a few seconds.")
+        large: list[AdapterRef] = []
+        in_message = calls.stream(
+            self._fetch_in_message, refs, calls.MESSAGE_BYTES, lost=lost, item_timeout_s=COORDINATOR_WAIT_S
+        )
+        async with aclosing(in_message) as answers:
+            async for fetched in answers:
+                if isinstance(fetched.result, TooLarge):
+                    large.append(fetched.ref)
+                else:
+                    yield fetched
+        if large:
+            by_reference = calls.stream(
+                self._fetch_by_reference, tuple(large), lost=lost, item_timeout_s=COORDINATOR_WAIT_S
+            )
+            async with aclosing(by_reference) as answers:
+                async for fetched in answers:
+                    yield fetched
 
     def _unpacked(self, fetched: Fetched) -> AdapterWeights | ZephyraError:
         if isinstance(fetched.result, ZephyraError):
             return fetched.result
+        assert isinstance(fetched.result, PackedAdapter), "what was too large came by reference"
         try:
             return unpack(fetched.result, self._dtype, self._device)
         except ZephyraError as error:

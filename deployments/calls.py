@@ -19,6 +19,9 @@ T = TypeVar("T")
 _LOST = (RayActorError, ObjectLostError, DeploymentUnavailableError, TimeoutError)
 _RETRY_AFTER_S = 0.05
 
+MESSAGE_BYTES = 3 * 2**20
+"""What may be sent in a message, with room for what surrounds it: gRPC refuses more than 4 MiB."""
+
 
 class Handle(Protocol):
     """The part of Serve's DeploymentHandle that is used here."""

@@ -40,10 +40,11 @@ class Ports:
 
 
 @contextmanager
-def serving(settings: AppSettings, ports: Ports, quiet: bool = False) -> Iterator[None]:
+def serving(settings: AppSettings, ports: Ports, quiet: bool = False, num_cpus: int | None = None) -> Iterator[None]:
     """Zephyra, served for as long as the context lasts. Raises `NotTrained` or `PortTaken` before Ray is started.
 
-    `quiet` keeps the processes' logs in Ray's folder instead of printing them here.
+    `quiet` keeps the processes' logs in Ray's folder instead of printing them here. `num_cpus` is what Ray is to count
+    on instead of the machine's cores: it counts, and holds nobody to it.
     """
     application = build(settings)
     ports.check_free()
@@ -51,6 +52,7 @@ def serving(settings: AppSettings, ports: Ports, quiet: bool = False) -> Iterato
     put_first_on_path(Path(sys.executable).parent)
     ray.init(
         address="local",
+        num_cpus=num_cpus,
         include_dashboard=ports.dashboard is not None,
         dashboard_host=HOST,
         dashboard_port=ports.dashboard,

@@ -1,18 +1,25 @@
-"""Finds the shards that hold the adapters a replica lacks, asks them all at once, and states what is missing."""
+"""Finds the shards that hold the adapters a replica lacks, asks them all at once, and states what is missing.
+
+Whoever asks for an adapter that is on its way already joins the ask under way. Of an adapter's copies the next is asked
+when the one before is slow or gone.
+"""
 
 import asyncio
-from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
 
-from cluster.errors import AdapterUnavailable
-from cluster.lora.placement import shard_of
+from cluster.config import FetchSettings
+from cluster.errors import AdapterUnavailable, ZephyraError
+from cluster.lora.placement import owners_of
 from cluster.messages import AdapterRef
 from deployments import calls
 from deployments.adapter_shard import Fetched
+from deployments.hedging import Pace, race
+from deployments.joined import Joined
+from deployments.merger import MergedMixture, Merger, Wanted
 
 SHARD_WAIT_S = 1.0
-"""A shard that gives no adapter for so long is taken to be away; Serve starts it anew within seconds."""
+"""Copies that give no adapter for so long are taken to be away; Serve starts a shard anew within seconds."""
 
 _ASK_AGAIN_AFTER_S = 0.05
 
@@ -20,44 +27,86 @@ _ASK_AGAIN_AFTER_S = 0.05
 class Coordinator:
     """Knows the shards; `shards[i]` is the handle of the shard that placement calls i."""
 
-    def __init__(self, shards: Sequence[calls.Handle], shard_wait_s: float = SHARD_WAIT_S) -> None:
-        # Adapters may exceed what a message may hold.
-        self._shards = [calls.method(shard, "get", stream=True, by_reference=True) for shard in shards]
+    def __init__(
+        self,
+        shards: Sequence[calls.Handle],
+        settings: FetchSettings = FetchSettings(),
+        shard_wait_s: float = SHARD_WAIT_S,
+    ) -> None:
+        self._settings = settings
         self._shard_wait_s = shard_wait_s
+        self._in_message = [calls.method(shard, "get") for shard in shards]
+        self._by_reference = [calls.method(shard, "get", by_reference=True) for shard in shards]
+        self._pace_in_message, self._pace_by_reference = Pace(), Pace()
+        self._brought = Joined(self._bring)
+        self._merger = Merger(shards, self._owners)
 
-    async def fetch(self, refs: tuple[AdapterRef, ...]) -> AsyncGenerator[Fetched, None]:
-        """Every adapter of `refs` once, or the reason it is missing, in the order in which the shards answer."""
-        streams = [self._ask(shard, group) for shard, group in self._by_shard(refs).items()]
-        async with aclosing(calls.merge(streams)) as answers:
-            async for fetched in answers:
-                yield fetched
+    def reconfigure(self, user_config: Mapping[str, object]) -> None:
+        """Called by Serve with what the configuration says now, on the running system."""
+        self._settings = FetchSettings.model_validate(user_config)
 
-    def _by_shard(self, refs: Iterable[AdapterRef]) -> dict[int, list[AdapterRef]]:
-        groups: defaultdict[int, list[AdapterRef]] = defaultdict(list)
-        for ref in sorted(set(refs)):
-            groups[shard_of(ref, len(self._shards))].append(ref)
-        return groups
+    async def fetch(self, refs: tuple[AdapterRef, ...], most_bytes: int | None = None) -> AsyncGenerator[Fetched, None]:
+        """Every adapter of `refs` once, or why it is missing, in the order in which the shards answer.
 
-    async def _ask(self, shard: int, refs: list[AdapterRef]) -> AsyncGenerator[Fetched, None]:
-        """One shard's answers. A shard that dies is asked again for the rest: reading twice does no harm."""
+        One of more than `most_bytes` is named, not sent.
+        """
+        for answer in asyncio.as_completed([self._brought.ask((ref, most_bytes)) for ref in dict.fromkeys(refs)]):
+            yield await answer
+
+    async def merge(self, wanted: Wanted) -> MergedMixture | ZephyraError:
+        """A mixture of many adapters as one, or why it cannot be had."""
+        return await self._merger.merge(wanted)
+
+    def _owners(self, ref: AdapterRef) -> tuple[int, ...]:
+        return owners_of(ref, len(self._in_message), self._settings.copies)
+
+    async def _bring(self, key: tuple[AdapterRef, int | None]) -> Fetched:
+        """One adapter, from the first of its copies that has it. A copy that is gone is asked again: it may be back."""
+        ref, most_bytes = key
+        owners = self._owners(ref)
+        asks = [partial(self._ask, owner, ref, most_bytes) for owner in owners]
         loop = asyncio.get_running_loop()
-        left = dict.fromkeys(refs)
-        end = loop.time() + self._shard_wait_s
-        while left:
-            lost = AdapterUnavailable(
-                f"Shard {shard}, which holds {', '.join(map(str, list(left)[:3]))}, did not answer within "
-                f"{self._shard_wait_s:g} s; try again in a few seconds."
+        end_s = loop.time() + self._shard_wait_s
+        while True:
+            outcome = await race(asks, _is_there, self._hedge_delay_s(most_bytes), timeout_s=end_s - loop.time())
+            if outcome.good is not None:
+                return outcome.good
+            for stated in outcome.bad:
+                if not isinstance(stated.result, AdapterUnavailable):
+                    return stated
+            if loop.time() + _ASK_AGAIN_AFTER_S >= end_s:
+                return Fetched(ref, self._unavailable(ref, owners))
+            await asyncio.sleep(_ASK_AGAIN_AFTER_S)
+
+    async def _ask(self, shard: int, ref: AdapterRef, most_bytes: int | None) -> Fetched:
+        """What one shard says, `AdapterUnavailable` if it says nothing."""
+        lost = self._unavailable(ref, (shard,))
+        start_s = asyncio.get_running_loop().time()
+        handles = self._by_reference if most_bytes is None else self._in_message
+        try:
+            fetched: Fetched = await calls.call(
+                handles[shard], ref, most_bytes, timeout_s=self._shard_wait_s, lost=lost
             )
-            answers = calls.stream(self._shards[shard], tuple(left), lost=lost, item_timeout_s=self._shard_wait_s)
-            try:
-                async with aclosing(answers):
-                    async for fetched in answers:
-                        del left[fetched.ref]
-                        end = loop.time() + self._shard_wait_s
-                        yield fetched
-            except AdapterUnavailable as error:
-                if error is not lost or loop.time() + _ASK_AGAIN_AFTER_S >= end:
-                    for ref in left:
-                        yield Fetched(ref, error)
-                    return
-                await asyncio.sleep(_ASK_AGAIN_AFTER_S)
+        except ZephyraError as error:
+            return Fetched(ref, error)
+        if _is_there(fetched):
+            self._pace(most_bytes).note(asyncio.get_running_loop().time() - start_s)
+        return fetched
+
+    def _pace(self, most_bytes: int | None) -> Pace:
+        return self._pace_by_reference if most_bytes is None else self._pace_in_message
+
+    def _hedge_delay_s(self, most_bytes: int | None) -> float:
+        fixed_ms = self._settings.hedge_ms
+        return self._pace(most_bytes).hedge_delay_s if fixed_ms is None else fixed_ms / 1000
+
+    def _unavailable(self, ref: AdapterRef, shards: Sequence[int]) -> AdapterUnavailable:
+        which = f"Shard {shards[0]}" if len(shards) == 1 else f"Shards {', '.join(map(str, shards))}"
+        return AdapterUnavailable(
+            f"{which}, which should hold {ref}, did not answer within {self._shard_wait_s:g} s; try again in a few "
+            "seconds."
+        )
+
+
+def _is_there(fetched: Fetched) -> bool:
+    return not isinstance(fetched.result, ZephyraError)

@@ -18,7 +18,8 @@ from cluster.errors import IncompatibleAdapter, InvalidInput, StageOrder, Unknow
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, CatalogState, Change
 from cluster.lora.foreign import MAX_CONFIG_BYTES, read_handed_in, write_handed_in
-from cluster.lora.peft_format import PackedAdapter, unpack
+from cluster.lora.packed_adapter import PackedAdapter
+from cluster.lora.peft_format import unpack
 from cluster.lora.weights import AdapterWeights, adaptable_layers
 from cluster.messages import AdapterRef, check_domain_name
 from cluster.model.base import fingerprint, load_base, skeleton

@@ -28,18 +28,24 @@ Loaded = tuple[AdapterRef, AdapterWeights | ZephyraError]
 FetchAdapters = Callable[[tuple[AdapterRef, ...]], AsyncIterator[Loaded]]
 """Gets adapters; gives each of them once, in any order."""
 
+Prefetch = Callable[[tuple[AdapterRef, ...]], None]
+"""Told, whenever it changes, what the queue will need once there is room: the next first. Starts fetching, or not."""
+
 
 class EngineLoop:
     """Feeds one engine. Must be made inside the event loop that `generate` is called from."""
 
-    def __init__(self, engine: Engine, fetch: FetchAdapters) -> None:
+    def __init__(self, engine: Engine, fetch: FetchAdapters, prefetch: Prefetch | None = None) -> None:
         self._engine = engine
         self._fetch = fetch
+        self._prefetch = prefetch
         self._loop = asyncio.get_running_loop()
         self._answers: dict[str, asyncio.Queue[TokenChunk | Exception]] = {}
         self._fetches: set[asyncio.Task[None]] = set()
         # Touched by the engine's thread only.
         self._fetching: set[AdapterRef] = set()
+        self._upcoming: tuple[AdapterRef, ...] = ()
+        self._resident: tuple[AdapterRef, ...] = ()
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -51,6 +57,16 @@ class EngineLoop:
     def failure(self) -> Exception | None:
         """What ended the engine's thread, if anything did; no request is served after that."""
         return self._failure
+
+    @property
+    def resident(self) -> tuple[AdapterRef, ...]:
+        """The adapters in the slot bank, as of the last that came."""
+        return self._resident
+
+    @property
+    def num_unanswered(self) -> int:
+        """Requests that wait or run."""
+        return len(self._answers)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """The answer's chunks as they are made; those ready together come as one. Closing it early cancels it.
@@ -159,6 +175,9 @@ class EngineLoop:
         if wanted:
             self._fetching.update(wanted)
             self._loop.call_soon_threadsafe(self._start_fetch, wanted)
+        if self._prefetch is not None and (upcoming := self._engine.upcoming_adapters()) != self._upcoming:
+            self._upcoming = upcoming
+            self._loop.call_soon_threadsafe(self._prefetch, upcoming)
 
     def _start_fetch(self, refs: tuple[AdapterRef, ...]) -> None:
         task = self._loop.create_task(self._bring(refs))
@@ -195,6 +214,8 @@ class EngineLoop:
         if not isinstance(prepared, ZephyraError):
             try:
                 self._engine.add_prepared(ref, prepared)
+                # Only now does anything leave the bank.
+                self._resident = self._engine.stats().resident_adapters
                 return
             except ZephyraError as error:
                 prepared = error

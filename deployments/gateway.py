@@ -18,6 +18,7 @@ from cluster.messages import (
     AdapterRef,
     ClientRequest,
     GenerateRequest,
+    MergeReport,
     Mixture,
     Prompt,
     RoutingDecision,
@@ -50,6 +51,8 @@ class Routing:
     """What the router says of every domain and of "none"; None when it was not asked."""
     routing_ms: float = 0.0
     """What asking the router took, the way there and back included; 0 when it was not asked."""
+    merged: MergeReport | None = None
+    """As `TokenChunk.merged`, of an answer; None where each adapter answers as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,8 @@ class Gateway:
         resolved = _resolved(request, routing.mixture, elapsed_s=time.perf_counter() - start_s)
         lost = ReplicaLost("The base replica died before the answer was complete; send the request again.")
         pieces = _interleaved([calls.stream(self._generate, one, lost=lost) for one in resolved])
-        return Answer(routing, await anext(pieces), pieces)
+        first = await anext(pieces)
+        return Answer(replace(routing, merged=first.chunk.merged), first, pieces)
 
     async def route(self, prompt: Prompt) -> Routing:
         """What the router would answer `prompt` with."""

@@ -4,6 +4,7 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import asdict
 
 import grpc
 from ray.serve.grpc_util import RayServegRPCContext
@@ -171,7 +172,10 @@ def _weights(mixture: pb.Mixture) -> dict[str, float]:
 
 def _routing(routing: Routing) -> pb.Routing:
     return pb.Routing(
-        mixture=_mixture(routing.mixture), probabilities=routing.probabilities, routing_ms=routing.routing_ms
+        mixture=_mixture(routing.mixture),
+        probabilities=routing.probabilities,
+        routing_ms=routing.routing_ms,
+        merged=None if routing.merged is None else pb.Merged(**asdict(routing.merged)),
     )
 
 

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import asdict
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -133,6 +134,7 @@ def _routing_json(routing: Routing) -> Json:
         "mixture": {str(ref): weight for ref, weight in routing.mixture.entries},
         "probabilities": None if routing.probabilities is None else dict(routing.probabilities),
         "routing_ms": round(routing.routing_ms, 3),
+        **({} if routing.merged is None else {"merged": asdict(routing.merged)}),
     }
 
 

@@ -62,13 +62,17 @@ class Served:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Zephyra on a real Ray cluster, started once; its root is its own, since tests publish to it."""
+    """Zephyra on a real Ray cluster, started once; its root is its own, since tests publish to it.
+
+    Each adapter has one copy, so that a test sees what it is like when that is gone.
+    """
     # Here, so that tests without a cluster do not pay for importing Ray.
     from deployments.cluster import Ports, serving
 
     root = build_root(tmp_path_factory.mktemp("served"))
     ports = Ports(http=free_port(), grpc=free_port(), dashboard=None)
-    with serving(AppSettings(root=str(root), threads=1), ports, quiet=True):
+    settings = AppSettings(root=str(root), threads=1, replicas=2, copies=1)
+    with serving(settings, ports, quiet=True, num_cpus=16):
         yield Served(root, f"http://127.0.0.1:{ports.http}", f"127.0.0.1:{ports.grpc}")
 
 

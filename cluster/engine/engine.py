@@ -199,6 +199,10 @@ class Engine:
         """
         return self._scheduler.wanted()
 
+    def upcoming_adapters(self) -> tuple[AdapterRef, ...]:
+        """The adapters that will be wanted once there is room, the next first: worth having at hand by then."""
+        return self._scheduler.upcoming()
+
     def prepare_adapter(self, ref: AdapterRef, weights: AdapterWeights) -> Resident:
         """The adapter as the engine holds it, to be given to `add_prepared`. May be called from any thread.
 

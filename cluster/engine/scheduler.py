@@ -18,6 +18,9 @@ from cluster.engine.slot_bank import SlotBank
 from cluster.errors import InvalidInput, Overloaded
 from cluster.messages import AdapterRef
 
+MAX_UPCOMING = 64
+"""The most adapters that are looked ahead for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -142,6 +145,15 @@ class Scheduler:
     def wanted(self) -> tuple[AdapterRef, ...]:
         """The adapters to fetch now, for those whose turn it is first: not resident, and with room to come."""
         return loading(self._queue.lanes(), self._bank).refs
+
+    def upcoming(self) -> tuple[AdapterRef, ...]:
+        """The adapters to fetch later, for those whose turn comes then: not resident, and no room yet."""
+        if not self.waiting:
+            return ()
+        lanes = self._queue.lanes()
+        found = dict.fromkeys(ref for lane in lanes for ref in sorted(lane.refs) if ref not in self._bank.resident)
+        now = set(loading(lanes, self._bank).refs)
+        return tuple(islice((ref for ref in found if ref not in now), MAX_UPCOMING))
 
     def spared_for(self, ref: AdapterRef) -> set[AdapterRef]:
         """What may not be evicted for `ref`."""

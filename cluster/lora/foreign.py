@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import CorruptArtifact, IncompatibleAdapter, InvalidInput
-from cluster.lora.peft_format import MAX_ADAPTER_BYTES, PackedAdapter
+from cluster.lora.packed_adapter import MAX_ADAPTER_BYTES, PackedAdapter
 from cluster.lora.safetensors_header import check_header
 
 MAX_CONFIG_BYTES = 2**20

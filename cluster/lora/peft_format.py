@@ -7,20 +7,20 @@ PEFT has no place for: the base's fingerprint and the checksum. Nothing else is 
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
 
 from cluster.errors import CorruptArtifact, IncompatibleAdapter, ZephyraError
+from cluster.lora.packed_adapter import CONFIG_FILE, OURS_FILE, TENSORS_FILE, PackedAdapter
 from cluster.lora.weights import AdapterWeights, Factors
 
-MAX_ADAPTER_BYTES = 4 * 2**30
-_CONFIG, _TENSORS, _OURS = "adapter_config.json", "adapter_model.safetensors", "zephyra.json"
 _PREFIX = "base_model.model."
 
 _UNMIXABLE = {
@@ -43,58 +43,64 @@ _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT initialisations that take the adapter's first value off the base's weights, or replace them."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackedAdapter:
-    """An adapter as its files' own bytes: what travels from shard to replica, bit for bit, without torch."""
-
-    config_json: str
-    base_fingerprint: str
-    tensors: NDArray[np.uint8]
-
-
-def pack(folder: Path) -> PackedAdapter:
-    """Read an adapter's files and check them: sizes, checksum. Raises `CorruptArtifact`."""
-    try:
-        ours = json.loads((folder / _OURS).read_text())
-        config_json = (folder / _CONFIG).read_text()
-        size = (folder / _TENSORS).stat().st_size
-        if size > MAX_ADAPTER_BYTES:
-            raise CorruptArtifact(f"The adapter in {folder.name} has {size} bytes; the most is {MAX_ADAPTER_BYTES}.")
-        tensors = np.fromfile(folder / _TENSORS, dtype=np.uint8)
-        if hashlib.sha256(tensors.data).hexdigest() != ours["sha256"]:
-            raise CorruptArtifact(
-                f"The adapter in {folder.parent.name}/{folder.name} is not what was published; restore it."
-            )
-        return PackedAdapter(config_json, ours["base_fingerprint"], tensors)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # An OSError's own text names the path, which is nobody's business outside.
-        why = error.strerror if isinstance(error, OSError) else error
-        raise CorruptArtifact(f"The adapter in {folder.parent.name}/{folder.name} cannot be read: {why}.") from error
-
-
 def unpack(packed: PackedAdapter, dtype: torch.dtype, device: torch.device | str = "cpu") -> AdapterWeights:
     """The factors of a packed adapter. Raises `IncompatibleAdapter` or `CorruptArtifact`."""
-    try:
-        config = json.loads(packed.config_json)
+    with _as_corrupt():
         tensors = safetensors.torch.load(packed.tensors.tobytes())
-        factors = _factors(config, tensors, dtype, torch.device(device))
-    except ZephyraError:
-        raise
-    except Exception as error:  # whatever a strange file makes of these lines
-        raise CorruptArtifact(f"The adapter is not in PEFT's layout: {error}.") from error
+        factors = _factors(json.loads(packed.config_json), tensors, dtype, torch.device(device))
     weights = AdapterWeights(factors, packed.base_fingerprint)
     weights.check_finite()
     return weights
 
 
+def unpack_layers(
+    file: Path, packed: PackedAdapter, layers: Collection[str], dtype: torch.dtype
+) -> AdapterWeights | None:
+    """As `unpack`, of some layers only, read from the `file` that was packed; None if it holds none of them."""
+    with _as_corrupt(), safetensors.safe_open(file, framework="pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys() if _layer_of(key) in layers}  # noqa: SIM118
+        if not tensors:
+            return None
+        factors = _factors(json.loads(packed.config_json), tensors, dtype, torch.device("cpu"))
+    weights = AdapterWeights(factors, packed.base_fingerprint)
+    weights.check_finite()
+    return weights
+
+
+def layer_sizes(file: Path) -> dict[str, tuple[int, int, int]]:
+    """Output width, input width and rank of each layer, by the file's header alone. Raises `CorruptArtifact`."""
+    with _as_corrupt(), safetensors.safe_open(file, framework="np") as opened:
+        shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+        return {
+            _layer_of(key): (shapes[key.replace(".lora_A.", ".lora_B.")][0], num_in, rank)
+            for key, (rank, num_in) in shapes.items()
+            if ".lora_A." in key
+        }
+
+
+def _layer_of(key: str) -> str:
+    return key.removeprefix(_PREFIX).removesuffix(".weight").removesuffix(".lora_A").removesuffix(".lora_B")
+
+
+@contextmanager
+def _as_corrupt() -> Iterator[None]:
+    """Whatever a strange file makes of the lines inside is an error of ours."""
+    try:
+        yield
+    except ZephyraError:
+        raise
+    except Exception as error:
+        raise CorruptArtifact(f"The adapter is not in PEFT's layout: {error}.") from error
+
+
 def read_foreign(folder: Path, base_fingerprint: str, dtype: torch.dtype = torch.float32) -> AdapterWeights:
     """An adapter that PEFT itself wrote, which the caller says belongs to this base."""
     try:
-        config_json = (folder / _CONFIG).read_text()
-        tensors = np.fromfile(folder / _TENSORS, dtype=np.uint8)
+        config_json = (folder / CONFIG_FILE).read_text()
+        tensors = np.fromfile(folder / TENSORS_FILE, dtype=np.uint8)
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptArtifact(
-            f"{folder.name} lacks {_CONFIG} or {_TENSORS}; expected a folder that PEFT saved."
+            f"{folder.name} lacks {CONFIG_FILE} or {TENSORS_FILE}; expected a folder that PEFT saved."
         ) from error
     return unpack(PackedAdapter(config_json, base_fingerprint, tensors), dtype)
 
@@ -102,10 +108,10 @@ def read_foreign(folder: Path, base_fingerprint: str, dtype: torch.dtype = torch
 def save(folder: Path, weights: AdapterWeights, base_model_name: str, metadata: dict[str, Any] | None = None) -> None:
     """Write `weights` into `folder` so that both PEFT and `pack` read them. `metadata` (JSON) is kept for people."""
     data, config = _serialized(weights, base_model_name)
-    (folder / _TENSORS).write_bytes(data)
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2))
+    (folder / TENSORS_FILE).write_bytes(data)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
     ours = {"base_fingerprint": weights.base_fingerprint, "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / _OURS).write_text(json.dumps({**ours, "metadata": metadata or {}}, indent=2))
+    (folder / OURS_FILE).write_text(json.dumps({**ours, "metadata": metadata or {}}, indent=2))
 
 
 def packed(weights: AdapterWeights) -> PackedAdapter:

@@ -6,7 +6,8 @@ from cluster.config import Root
 from cluster.errors import CatalogConflict, StageOrder
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, CatalogState, Change
-from cluster.lora.peft_format import pack, unpack
+from cluster.lora.packed_adapter import pack
+from cluster.lora.peft_format import unpack
 from cluster.lora.weights import AdapterWeights
 from cluster.messages import AdapterRef
 from cluster.model.base import Base, load_base

@@ -202,7 +202,7 @@ class RouteRequest(_message.Message):
     def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ...) -> None: ...
 
 class Routing(_message.Message):
-    __slots__ = ("mixture", "probabilities", "routing_ms")
+    __slots__ = ("mixture", "probabilities", "routing_ms", "merged")
     class ProbabilitiesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -213,7 +213,21 @@ class Routing(_message.Message):
     MIXTURE_FIELD_NUMBER: _ClassVar[int]
     PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
     ROUTING_MS_FIELD_NUMBER: _ClassVar[int]
+    MERGED_FIELD_NUMBER: _ClassVar[int]
     mixture: Mixture
     probabilities: _containers.ScalarMap[str, float]
     routing_ms: float
-    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., probabilities: _Optional[_Mapping[str, float]] = ..., routing_ms: _Optional[float] = ...) -> None: ...
+    merged: Merged
+    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., probabilities: _Optional[_Mapping[str, float]] = ..., routing_ms: _Optional[float] = ..., merged: _Optional[_Union[Merged, _Mapping]] = ...) -> None: ...
+
+class Merged(_message.Message):
+    __slots__ = ("method", "rank", "bound", "kept_energy")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    BOUND_FIELD_NUMBER: _ClassVar[int]
+    KEPT_ENERGY_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    rank: int
+    bound: float
+    kept_energy: float
+    def __init__(self, method: _Optional[str] = ..., rank: _Optional[int] = ..., bound: _Optional[float] = ..., kept_energy: _Optional[float] = ...) -> None: ...

@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.engine.block_pool import BLOCK_TOKENS, blocks_for
+from cluster.engine.scheduler import MAX_UPCOMING
 from cluster.engine.sequence import Sequence, SequenceStatus
 from cluster.errors import InvalidInput, Overloaded
 from cluster.messages import Mixture
-from tests.engine.stepping import Stepper, ref
+from tests.engine.stepping import Stepper, mixture_of, ref
 
 
 def ids_of(sequences: list[Sequence]) -> list[str]:
@@ -252,3 +253,28 @@ def test_a_preempted_sequence_finds_its_own_blocks_again():
     assert second.num_reused == num_full * BLOCK_TOKENS > 2 * BLOCK_TOKENS
     stepper.run()
     assert second.generated_ids == stepper.expected(second)
+
+
+def test_adapters_that_find_no_room_yet_are_announced_in_the_order_of_their_turns():
+    stepper = Stepper(num_adapters=2)
+    for name in "ab":
+        stepper.load(ref(name))
+    for index, mixture in enumerate(["a", "c", "ad", "bd", "e"]):
+        stepper.submit(f"r{index}", mixture, max_tokens=3)
+    # "b" may leave for "c"; "a" and "c" leave no room for what follows.
+    assert stepper.scheduler.wanted() == (ref("c"),)
+    assert stepper.scheduler.upcoming() == (ref("d"), ref("e"))
+    seen = []
+    while stepper.scheduler.waiting:
+        seen += [wanted for wanted in stepper.scheduler.wanted() if wanted not in seen]
+        stepper.step()
+    assert [wanted for wanted in seen if wanted != ref("b")] == [ref("c"), ref("d"), ref("e")]
+
+
+def test_no_more_than_a_few_dozen_adapters_are_announced():
+    stepper = Stepper(num_adapters=1, max_waiting=200)
+    stepper.load(ref("a"))
+    for index in range(100):
+        stepper.submit(f"r{index}", mixture_of([f"domain{index}"]))
+    first, *upcoming = [ref(f"domain{index}") for index in range(100)]
+    assert (stepper.scheduler.wanted(), stepper.scheduler.upcoming()) == ((first,), tuple(upcoming[:MAX_UPCOMING]))

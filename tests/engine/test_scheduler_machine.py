@@ -105,6 +105,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     def the_books_hold(self):
         self.stepper.scheduler.check_integrity()
 
+    @invariant()
+    def what_waits_finds_its_adapters_in_the_bank_on_their_way_or_announced(self):
+        scheduler, resident = self.stepper.scheduler, set(self.stepper.bank.resident)
+        wanted, upcoming = scheduler.wanted(), scheduler.upcoming()
+        needed = {ref for sequence in scheduler.waiting.values() for ref in sequence.refs}
+        assert sorted([*wanted, *upcoming]) == sorted(needed - resident)
+
     def teardown(self):
         """No more arrivals: all that is left comes to its end, with the right tokens, and nothing stays held."""
         if not hasattr(self, "stepper"):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import CorruptArtifact, IncompatibleAdapter, InvalidInput
 from cluster.lora import foreign, peft_format
+from cluster.lora.packed_adapter import pack
 from cluster.lora.safetensors_header import MAX_HEADER_BYTES, check_header
 from tests.lora.adapters import FINGERPRINT, random_adapter
 from tests.model.nano import nano_model
@@ -38,7 +39,7 @@ def test_it_is_kept_byte_for_byte_and_nothing_else_is(folder: Path, tmp_path: Pa
     assert sorted(file.name for file in kept.iterdir()) == [CONFIG, TENSORS, "zephyra.json"]
     for name in (CONFIG, TENSORS):
         assert (kept / name).read_bytes() == (folder / name).read_bytes()
-    assert peft_format.pack(kept).base_fingerprint == FINGERPRINT
+    assert pack(kept).base_fingerprint == FINGERPRINT
 
 
 def test_one_that_peft_saved_has_no_fingerprint_and_one_of_another_base_has_its_own(folder: Path) -> None:

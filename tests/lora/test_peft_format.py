@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from cluster.errors import CorruptArtifact, IncompatibleAdapter
 from cluster.lora import peft_format
-from cluster.lora.peft_format import PackedAdapter
+from cluster.lora.packed_adapter import PackedAdapter, pack
 from cluster.lora.weights import AdapterWeights, Factors, adaptable_layers
 from tests.lora.adapters import FINGERPRINT, mixed_logits, random_adapter
 from tests.model.nano import logits, nano_model, random_ids
@@ -99,7 +99,7 @@ def test_an_adapter_of_ours_answers_in_peft_as_it_does_here(tmp_path: Path, rank
 def test_saving_and_packing_keep_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     ours = random_adapter(nano_model(), (4, 2), dtype=dtype)
     peft_format.save(tmp_path, ours, "base/1", {"note": "kept for people"})
-    got = peft_format.unpack(peft_format.pack(tmp_path), dtype)
+    got = peft_format.unpack(pack(tmp_path), dtype)
     assert got.base_fingerprint == FINGERPRINT
     assert got.num_bytes == ours.num_bytes
     assert list(got.factors) == sorted(ours.factors)
@@ -193,12 +193,12 @@ def test_any_flipped_byte_of_the_factors_is_noticed(tmp_path: Path) -> None:
     for position in (0, 100, len(good) // 2, len(good) - 1):
         file.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
         with pytest.raises(CorruptArtifact, match="is not what was published"):
-            peft_format.pack(tmp_path)
+            pack(tmp_path)
     file.write_bytes(good[:-1])
     with pytest.raises(CorruptArtifact, match="is not what was published"):
-        peft_format.pack(tmp_path)
+        pack(tmp_path)
     file.write_bytes(good)
-    peft_format.pack(tmp_path)
+    pack(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "zephyra.json"])
@@ -206,7 +206,7 @@ def test_a_missing_file_is_refused_without_its_path(tmp_path: Path, name: str) -
     peft_format.save(tmp_path, random_adapter(nano_model()), "base/1")
     (tmp_path / name).unlink()
     with pytest.raises(CorruptArtifact, match="cannot be read: No such file") as caught:
-        peft_format.pack(tmp_path)
+        pack(tmp_path)
     assert str(tmp_path) not in str(caught.value)
 
 
@@ -215,7 +215,7 @@ def test_a_damaged_companion_file_is_refused(tmp_path: Path, content: bytes) -> 
     peft_format.save(tmp_path, random_adapter(nano_model()), "base/1")
     (tmp_path / "zephyra.json").write_bytes(content)
     with pytest.raises(CorruptArtifact, match="cannot be read"):
-        peft_format.pack(tmp_path)
+        pack(tmp_path)
 
 
 def test_a_damaged_configuration_of_peft_is_refused(tmp_path: Path) -> None:
@@ -249,3 +249,26 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     assert not evidence.exists()
     torch.load((folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), weights_only=False)
     assert evidence.exists(), "the pickle was meant to go off when it is loaded"
+
+
+def test_some_layers_are_read_from_the_file_as_all_are_from_its_bytes(tmp_path: Path) -> None:
+    peft_format.save(tmp_path, random_adapter(nano_model(), (4, 2)), "base/1")
+    packed, file = pack(tmp_path), tmp_path / "adapter_model.safetensors"
+    whole = peft_format.unpack(packed, torch.float32).factors
+    sizes = {name: (f.b_OR.shape[0], f.a_RI.shape[1], f.rank) for name, f in whole.items()}
+    assert peft_format.layer_sizes(file) == sizes
+    some = sorted(whole)[1::2]
+    part = peft_format.unpack_layers(file, packed, [*some, "model.layers.99.mlp.up_proj"], torch.float32)
+    assert part is not None
+    assert part.base_fingerprint == FINGERPRINT
+    assert sorted(part.factors) == some
+    for name, factors in part.factors.items():
+        assert torch.equal(factors.a_RI, whole[name].a_RI)
+        assert torch.equal(factors.b_OR, whole[name].b_OR)
+        assert factors.scale == whole[name].scale
+    assert peft_format.unpack_layers(file, packed, ["none"], torch.float32) is None
+    file.write_bytes(b"not a file of tensors")
+    with pytest.raises(CorruptArtifact, match="PEFT's layout"):
+        peft_format.unpack_layers(file, packed, some, torch.float32)
+    with pytest.raises(CorruptArtifact, match="PEFT's layout"):
+        peft_format.layer_sizes(file)

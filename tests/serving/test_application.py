@@ -10,7 +10,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.config import CHECKOUT, AppSettings
+from cluster.config import CHECKOUT, AppSettings, FetchSettings
 from cluster.errors import CorruptArtifact, InvalidInput, NotTrained, PortTaken
 from cluster.lora.catalog import Catalog, Change
 from deployments import app
@@ -35,6 +35,19 @@ def test_one_deployment_each_and_one_per_shard():
 def test_two_cores_hold_any_number_of_shards(shards):
     deployments = deployments_of(bind(AppSettings(shards=shards)))
     assert sum(d.ray_actor_options["num_cpus"] for d in deployments.values()) <= 2
+
+
+def test_settings_reach_the_deployments_they_are_for():
+    settings = AppSettings(copies=3, hedge_ms=25, drain_s=7, affinity_slack=5)
+    deployments = deployments_of(bind(settings))
+    assert deployments["Coordinator"].user_config == {"copies": 3, "hedge_ms": 25}
+    FetchSettings.model_validate(deployments["Coordinator"].user_config)
+    replica = deployments["BaseReplica"]._deployment_config
+    assert (replica.graceful_shutdown_timeout_s, replica.max_surge_percent) == (7, 100)
+    assert replica.request_router_config.request_router_kwargs == {"slack": 5}
+    on_gpus = deployments_of(bind(AppSettings(device="cuda", affinity_slack=None)))["BaseReplica"]._deployment_config
+    assert on_gpus.max_surge_percent == 0
+    assert on_gpus.request_router_config.is_default_request_router()
 
 
 def test_serve_run_takes_the_builder_with_strings_for_arguments(root):

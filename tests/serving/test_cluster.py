@@ -1,7 +1,10 @@
 """The whole of Zephyra on a real Ray cluster: both wires, live publishing, clients that leave, processes that die."""
 
+import dataclasses
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import grpc
 import httpx
@@ -11,12 +14,21 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from ray import serve
 from ray.util import list_named_actors
 
-from cluster.config import EngineSettings
+from cluster.config import AppSettings, EngineSettings
 from cluster.engine.engine import Engine
 from cluster.lora.catalog import Catalog
-from cluster.lora.peft_format import pack, unpack
+from cluster.lora.packed_adapter import pack
+from cluster.lora.peft_format import unpack
 from cluster.lora.placement import shard_of
-from cluster.messages import MAX_PROMPT_CHARACTERS, AdapterRef, GenerateRequest, Mixture, SamplingParams
+from cluster.messages import (
+    MAX_CO_BATCHED,
+    MAX_PROMPT_CHARACTERS,
+    AdapterRef,
+    GenerateRequest,
+    Mixture,
+    SamplingParams,
+)
+from deployments.adapter_shard import TooLarge
 from deployments.application import APPLICATION_NAME
 from deployments.protos import zephyra_pb2 as pb
 from deployments.protos.zephyra_pb2_grpc import ZephyraStub
@@ -43,9 +55,19 @@ def stub(served):
         yield ZephyraStub(channel)
 
 
-def stats():
+def stats_of_each():
     handle = serve.get_deployment_handle("BaseReplica", APPLICATION_NAME)
-    return handle.options(method_name="stats").remote().result(timeout_s=30)
+    return handle.broadcast("stats").results(timeout_s=30)
+
+
+def stats():
+    """Of all replicas together."""
+    counts = [vars_of(one) for one in stats_of_each()]
+    return SimpleNamespace(**{name: sum(one[name] for one in counts) for name in counts[0]})
+
+
+def vars_of(stats):
+    return {name: value for name, value in dataclasses.asdict(stats).items() if isinstance(value, int)}
 
 
 def until(condition, seconds):
@@ -70,10 +92,12 @@ def in_process(root, mixture, **sampling):
 
 
 def kill(deployment):
-    """As if its machine had lost power."""
+    """As if the machines of all its replicas had lost power."""
     prefix = f"SERVE_REPLICA::{APPLICATION_NAME}#{deployment}#"
-    (name,) = [a["name"] for a in list_named_actors(all_namespaces=True) if a["name"].startswith(prefix)]
-    ray.kill(ray.get_actor(name, namespace="serve"))
+    names = [a["name"] for a in list_named_actors(all_namespaces=True) if a["name"].startswith(prefix)]
+    assert names
+    for name in names:
+        ray.kill(ray.get_actor(name, namespace="serve"))
 
 
 @pytest.mark.parametrize(
@@ -247,6 +271,61 @@ def test_a_published_router_decides_within_a_second(served, client, stub):
     over_grpc = stub.Complete(pb.GenerateRequest(prompt=prompt, sampling=pb.Sampling(max_tokens=8)))
     assert over_grpc.choices[0].text == whole["choices"][0]["text"]
     assert dict(over_grpc.routing.probabilities) == pytest.approx(decision.probabilities, abs=1e-5)
+
+
+def test_requests_go_where_their_adapters_are_and_a_hot_domain_spreads(served, client):
+    """Two replicas: each domain comes to lie on one of them; one in demand comes to lie on both."""
+    domains = [f"affine{index}" for index in range(6)]
+    for seed, domain in enumerate(domains):
+        publish_adapter(served.root, domain, seed)
+    until(lambda: client.get("/health").json()["generation"] == Catalog(served.root).latest(), seconds=5)
+
+    def holders(domain):
+        return [one for one in stats_of_each() if AdapterRef(domain, 1) in one.resident_adapters]
+
+    def ask(domain, max_tokens=2):
+        body = {"prompt": "hi", "model": f"zephyra:{domain}", "max_tokens": max_tokens}
+        assert client.post("/v1/completions", json=body).status_code == 200
+
+    for _ in range(4):
+        for domain in domains:
+            ask(domain)
+    assert [len(holders(domain)) for domain in domains] == [1] * len(domains)
+    several = {"prompt": "hi", "model": "zephyra:affine0", "max_tokens": 2, "n": 8}
+    assert client.post("/v1/completions", json=several).status_code == 200
+    assert len(holders("affine0")) == 1
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(lambda _: ask("affine0", max_tokens=200), range(24)))
+    assert len(holders("affine0")) == 2
+
+
+@pytest.mark.parametrize("most_bytes", [2**20, None])
+def test_an_adapter_comes_from_the_shards_bit_for_bit_in_a_message_and_by_reference(served, most_bytes):
+    handle = serve.get_deployment_handle("Coordinator", APPLICATION_NAME)
+    fetch = handle.options(method_name="fetch", stream=True, _by_reference=most_bytes is None)
+    fetched = {one.ref: one.result for one in fetch.remote((LAW, MATH), most_bytes)}
+    assert fetched.keys() == {LAW, MATH}
+    for ref, packed in fetched.items():
+        folder = served.root / "adapters" / ref.domain / str(ref.version)
+        assert packed.tensors.tobytes() == (folder / "adapter_model.safetensors").read_bytes()
+        assert not packed.tensors.flags.writeable
+    (named,) = [one.result for one in fetch.remote((LAW,), 100)]
+    assert named == TooLarge(fetched[LAW].num_bytes)
+
+
+def test_a_large_mixture_is_merged_by_the_shards_answers_like_all_its_adapters_and_says_how(served, client):
+    refs = [publish_adapter(served.root, f"many{seed}", 200 + seed) for seed in range(MAX_CO_BATCHED + 1)]
+    mixture = Mixture.of({ref: 0.1 + index / 64 for index, ref in enumerate(refs)})
+    token_ids, text = in_process(served.root, mixture, max_tokens=24)
+    body = {"prompt": "What is 7 times 6?", "max_tokens": 24, "mixture": {str(r): w for r, w in mixture.entries}}
+    answer = client.post("/v1/completions", json=body).json()
+    assert answer["choices"][0]["text"] == text
+    assert answer["usage"]["completion_tokens"] == len(token_ids)
+    assert answer["zephyra"]["mixture"] == body["mixture"]
+    merged = answer["zephyra"]["merged"]
+    assert merged["rank"] <= AppSettings().merge_rank
+    assert 0 < merged["bound"] < 1e-3
+    assert merged["kept_energy"] == pytest.approx(1.0)
 
 
 def test_a_killed_shard_is_a_clear_503_and_comes_back(served, client, stub):

@@ -24,7 +24,7 @@ from cluster.errors import (
 )
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, Change
-from cluster.lora.peft_format import pack
+from cluster.lora.packed_adapter import pack
 from cluster.messages import AdapterRef, ClientRequest, Mixture, SamplingParams
 from cluster.router.tiny_ada import TinyAda
 from deployments.cli import app

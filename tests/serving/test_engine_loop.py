@@ -8,7 +8,8 @@ import pytest
 from cluster.config import EngineSettings
 from cluster.engine.engine import Engine
 from cluster.errors import AdapterUnavailable, IncompatibleAdapter, PromptTooLong, ReplicaLost, ZephyraError
-from cluster.lora.peft_format import pack, unpack
+from cluster.lora.packed_adapter import pack
+from cluster.lora.peft_format import unpack
 from cluster.messages import AdapterRef, FinishReason, GenerateRequest, Mixture, SamplingParams
 from deployments.engine_loop import EngineLoop
 from tests.nano import nano_base, publish_adapter
@@ -121,6 +122,27 @@ async def test_an_adapter_is_asked_for_once_however_many_wait_for_it(loop, disk)
     disk.gate.set()
     await asyncio.gather(*waiting)
     assert disk.asked == [(LAW,)]
+
+
+async def test_what_finds_no_room_yet_is_announced_while_others_decode(root, disk):
+    announced = []
+    budget = load(root, LAW).num_bytes * 3 // 2
+    engine = Engine(nano_base(root), EngineSettings(adapter_bytes=budget))
+    loop = EngineLoop(engine, disk.fetch, announced.append)
+    await answer(loop, request("known", MIXTURES[2]))
+    long = asyncio.ensure_future(answer(loop, request("runs", MIXTURES[1], max_tokens=300)))
+    while LAW not in loop.resident:
+        await asyncio.sleep(0.005)
+    assert loop.num_unanswered == 1
+    waits = asyncio.ensure_future(answer(loop, request("waits", MIXTURES[2])))
+    while announced[-1:] != [(MATH,)]:
+        await asyncio.sleep(0.005)
+    assert not long.done()
+    await asyncio.gather(long, waits)
+    assert disk.asked == [(MATH,), (LAW,), (MATH,)]
+    assert announced[-1] == ()
+    assert (loop.resident, loop.num_unanswered) == ((MATH,), 0)
+    loop.stop()
 
 
 async def test_a_failed_fetch_fails_those_who_need_it_and_is_tried_again_later(loop, disk):

@@ -11,7 +11,8 @@ from cluster.config import AppSettings
 from cluster.errors import CorruptArtifact, InvalidInput, NotTrained
 from cluster.lora.catalog import Catalog
 from cluster.lora.delta import dense_delta
-from cluster.lora.peft_format import pack, unpack
+from cluster.lora.packed_adapter import pack
+from cluster.lora.peft_format import unpack
 from cluster.lora.weights import adaptable_layers
 from cluster.messages import AdapterRef, GenerateRequest, Mixture, SamplingParams
 from cluster.model.base import encode_prompt, load_base

@@ -1,0 +1,113 @@
+"""Changes to a running system, by its configuration: copies in place, shards by a rolling restart under load."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import httpx
+import pytest
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+from ray.util import list_named_actors
+
+from cluster.lora.placement import shard_of
+from cluster.messages import AdapterRef
+from tests.nano import CONTEXT_TOKENS
+
+pytestmark = pytest.mark.ray
+
+NAME = "second"
+LAW = AdapterRef("law", 1)
+
+
+def configure(root, shards, copies):
+    """As `serve deploy` does with a file."""
+    coordinator = {"name": "Coordinator", "user_config": {"copies": copies}}
+    application = {
+        "name": NAME,
+        "route_prefix": f"/{NAME}",
+        "import_path": "deployments:app",
+        "args": {"root": str(root), "threads": 1, "shards": shards},
+        "deployments": [coordinator],
+    }
+    _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]))
+
+
+def processes(deployment):
+    """Names of the actors of one deployment; a new process has a new name."""
+    prefix = f"SERVE_REPLICA::{NAME}#{deployment}#"
+    return sorted(a["name"] for a in list_named_actors(all_namespaces=True) if a["name"].startswith(prefix))
+
+
+def settled(num_shards, seconds=90):
+    """Wait until the application runs as configured, and nothing of the old is left."""
+    end_s = time.monotonic() + seconds
+    while True:
+        status = serve.status().applications.get(NAME)
+        names = [f"AdapterShard-{index}" for index in range(num_shards)] + ["BaseReplica", "Gateway", "Coordinator"]
+        if status and status.status == "RUNNING" and all(len(processes(name)) == 1 for name in names):
+            return
+        assert time.monotonic() < end_s, status
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def second(served):
+    configure(served.root, shards=2, copies=1)
+    settled(num_shards=2)
+    with httpx.Client(base_url=f"{served.http}/{NAME}", timeout=60) as client:
+        yield client
+    serve.delete(NAME)
+
+
+def ask(client):
+    body = {"prompt": "hi", "mixture": {str(LAW): 1.0}, "max_tokens": 2}
+    return client.post("/v1/completions", json=body)
+
+
+def test_copies_change_in_place_and_then_a_killed_shard_is_not_felt(served, second):
+    before = processes("Coordinator"), processes("BaseReplica")
+    configure(served.root, shards=2, copies=2)
+    settled(num_shards=2)
+    (name,) = processes(f"AdapterShard-{shard_of(LAW, 2)}")
+    ray.kill(ray.get_actor(name, namespace="serve"))
+    start_s = time.monotonic()
+    response = ask(second)
+    assert (response.status_code, time.monotonic() - start_s < 1.0) == (200, True)
+    assert (processes("Coordinator"), processes("BaseReplica")) == before
+    settled(num_shards=2)
+
+
+def test_a_shard_more_breaks_no_stream_and_fails_no_request(served, second):
+    before = processes("BaseReplica")
+    changed, statuses, endings = Event(), [], []
+
+    def keep_streaming():
+        """One long answer after another: some begin in a process that is gone when the change is done."""
+        body = {"prompt": "hi", "model": "base", "max_tokens": CONTEXT_TOKENS - 100, "stream": True}
+        while not changed.is_set():
+            with second.stream("POST", "/v1/completions", json=body) as response:
+                *_, last, done = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+            endings.append((json.loads(last)["choices"][0]["finish_reason"], done))
+
+    def keep_asking():
+        while not changed.is_set():
+            statuses.append(ask(second).status_code)
+
+    with ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(keep_streaming), pool.submit(keep_asking)]
+        try:
+            configure(served.root, shards=3, copies=2)
+            time.sleep(1)
+            settled(num_shards=3)
+        finally:
+            changed.set()
+        for load in loads:
+            load.result()
+    assert processes("BaseReplica") != before
+    assert set(endings) == {("length", "[DONE]")}
+    assert set(statuses) == {200}
+    assert min(len(endings), len(statuses)) > 1
