@@ -12,6 +12,7 @@ def print_report(report: Report, console: Console) -> None:
     """Losses and routing, exact answers where they were checked, and the means."""
     console.print(_losses(report))
     _summarize_losses(list(report.domains.values()), console)
+    _summarize_regret(list(report.domains.values()), console)
     if any(domain.exact_match for domain in report.domains.values()):
         console.print(_exact_answers(report))
         _summarize_answers(list(report.domains.values()), console)
@@ -22,11 +23,12 @@ def print_report(report: Report, console: Console) -> None:
 def _losses(report: Report) -> Table:
     table = Table(title=f"loss per token, {report.split} split, generation {report.generation}", title_justify="left")
     table.add_column("domain", no_wrap=True)
-    for name in ("base", "routed", "oracle", "worst", "right", "none"):
+    for name in ("base", "routed", "oracle", "worst", "strange", "right", "none"):
         table.add_column(name, justify="right")
     table.add_column("worst is", no_wrap=True)
     for name, d in report.domains.items():
-        losses = (f"{value:.3f}" for value in (d.loss.base, d.loss.routed, d.loss.oracle, d.loss.worst))
+        of_loss = (d.loss.base, d.loss.routed, d.loss.oracle, d.loss.worst, d.loss.strange)
+        losses = (f"{value:.3f}" for value in of_loss)
         table.add_row(name, *losses, f"{d.routed_right:.1%}", f"{d.abstained:.1%}", d.loss.worst_adapter)
     return table
 
@@ -38,6 +40,17 @@ def _summarize_losses(domains: list[DomainReport], console: Console) -> None:
         f"routed loss over oracle's: {routed / oracle - 1:+.2%} of the means, "
         f"{max(d.loss.routed / d.loss.oracle - 1 for d in domains):+.2%} in the worst domain; "
         f"adapters better than the base: {sum(d.loss.oracle < d.loss.base for d in domains)} of {len(domains)}",
+        highlight=False,
+    )
+
+
+def _summarize_regret(domains: list[DomainReport], console: Console) -> None:
+    console.print(
+        f"regret, nats per token: in domain, beside its own adapter, {mean(d.loss.regret for d in domains):+.4f} "
+        f"(most {max(d.loss.regret for d in domains):+.4f}); out of domain, unknown to the router, beside the base, "
+        f"{mean(d.loss.strange_regret for d in domains):+.4f} "
+        f"(most {max(d.loss.strange_regret for d in domains):+.4f}), "
+        f"{mean(d.strange_abstained for d in domains):.1%} sent to the base",
         highlight=False,
     )
 

@@ -49,6 +49,18 @@ class Losses:
     worst: float
     """Through the adapter that does worst, measured on the first rows only."""
     worst_adapter: str
+    strange: float
+    """Through what the router chooses without knowing the domain: its prompts then belong to none of those it knows."""
+
+    @property
+    def regret(self) -> float:
+        """In domain: what routing costs beside the domain's own adapter. Below 0 where a mixture is the better one."""
+        return self.routed - self.oracle
+
+    @property
+    def strange_regret(self) -> float:
+        """Out of domain: what routing costs beside the plain base. Below 0 where other domains' adapters help."""
+        return self.strange - self.base
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +84,8 @@ class DomainReport:
     """Share whose heaviest domain is the right one."""
     abstained: float
     """Share sent to the plain base."""
+    strange_abstained: float
+    """The same by a router that does not know the domain."""
     loss: Losses
     exact_match: ExactMatch | None
 
@@ -121,9 +135,11 @@ def evaluate(settings: EvaluationSettings, run: Run) -> Report:
     reports = {}
     for index, domain in enumerate(domains):
         rows = data.rows(settings.split, domain, settings.rows_per_domain)
-        decisions = router.route([row.routed_prompt for row in rows])
+        prompts = [row.routed_prompt for row in rows]
+        stranger = router.without_domain(domain) if domain in router.domains else router
+        decisions = router.route(prompts), stranger.route(prompts)
         others = [state.ref(name) for name in sorted(state.adapters) if name != domain]
-        reports[domain] = judge.domain(rows, decisions, {n: state.ref(n) for n in state.adapters}, others, index)
+        reports[domain] = judge.domain(rows, *decisions, {n: state.ref(n) for n in state.adapters}, others, index)
         run.report(index + 1, {})
     none_rows = data.rows(settings.split, NONE_DOMAIN)
     none = [not decision.weights for decision in router.route([row.routed_prompt for row in none_rows])]
@@ -145,19 +161,24 @@ class _Judge:
         self,
         rows: Sequence[Row],
         decisions: Sequence[RoutingDecision],
+        strange_decisions: Sequence[RoutingDecision],
         refs: dict[str, AdapterRef],
         others: list[AdapterRef],
         index: int,
     ) -> DomainReport:
         domain = rows[0].domain
-        routed = [Mixture.of({refs[name]: w for name, w in d.weights.items() if name in refs}) for d in decisions]
+        routed, strange = (
+            [Mixture.of({refs[name]: w for name, w in d.weights.items() if name in refs}) for d in some]
+            for some in (decisions, strange_decisions)
+        )
         oracle = [Mixture.of({refs[domain]: 1.0})] * len(rows)
         plain = [Mixture()] * len(rows)
         heaviest = [chosen_domain(decision) for decision in decisions]
         few = rows[: self._settings.worst_rows]
         losses = {ref.domain: self.loss(few, [Mixture.of({ref: 1.0})] * len(few)) for ref in (refs[domain], *others)}
         worst = max(losses, key=lambda name: losses[name])
-        loss = Losses(self.loss(rows, plain), self.loss(rows, routed), self.loss(rows, oracle), losses[worst], worst)
+        base, by_router, by_oracle, by_strange = (self.loss(rows, m) for m in (plain, routed, oracle, strange))
+        loss = Losses(base, by_router, by_oracle, losses[worst], worst, by_strange)
         exact = None
         if others and max(len(row.response) for row in rows) <= _CHECKABLE_CHARACTERS:
             wrong = others[index % len(others)]
@@ -169,7 +190,10 @@ class _Judge:
                 wrong.domain,
             )
         right = sum(name == domain for name in heaviest) / len(rows)
-        return DomainReport(len(rows), right, sum(not d.weights for d in decisions) / len(rows), loss, exact)
+        abstained, strange_abstained = (
+            sum(not d.weights for d in some) / len(rows) for some in (decisions, strange_decisions)
+        )
+        return DomainReport(len(rows), right, abstained, strange_abstained, loss, exact)
 
     @torch.inference_mode()
     def loss(self, rows: Sequence[Row], mixtures: Sequence[Mixture]) -> float:

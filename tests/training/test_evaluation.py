@@ -1,0 +1,66 @@
+"""What routing costs, on a nano system: routers whose choices are known give losses that are known."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.lora.catalog import Catalog, Change
+from cluster.lora.store import write_version
+from cluster.router.policy import Policy
+from cluster.router.tiny_ada import TinyAda
+from cluster.training.evaluation import EvaluationSettings, Report, evaluate
+from cluster.training.run import LocalRun
+from tests.nano import DOMAINS, build_root, publish_router
+from tests.training.rows import write_parquet
+
+NEVER, ALWAYS = 1e3, -1e3
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_root(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path) -> TinyAda:
+    return publish_router(root)
+
+
+def _report(root: Path, tmp_path: Path, router: TinyAda, threshold: float) -> Report:
+    router.policy = Policy(threshold)
+    Catalog(root).publish(Change(router=write_version(root / "router", router.save)))
+    domains = [*DOMAINS, *DOMAINS, *DOMAINS]
+    responses = [f"number {index} of many, a long one that no greedy answer is held against." for index in range(9)]
+    prompts = [f"{domain} prompt {index}" for index, domain in enumerate(domains)]
+    data = write_parquet(
+        tmp_path, domain=domains, prompt=prompts, response=responses, split=["train"] * 3 + ["test"] * 6
+    )
+    with LocalRun("evaluation", tmp_path / "run", Console(quiet=True)) as run:
+        return evaluate(EvaluationSettings(root, data), run)
+
+
+def test_a_router_that_never_chooses_has_the_bases_loss_and_no_regret_out_of_domain(
+    root: Path, trained: TinyAda, tmp_path: Path
+) -> None:
+    for domain in _report(root, tmp_path, trained, NEVER).domains.values():
+        assert (domain.abstained, domain.strange_abstained) == (1, 1)
+        assert domain.loss.routed == domain.loss.strange == domain.loss.base
+        assert domain.loss.strange_regret == 0
+        assert domain.loss.regret == pytest.approx(domain.loss.base - domain.loss.oracle)
+        assert domain.loss.regret != 0
+
+
+def test_a_router_that_knows_one_domain_is_the_oracle_there_and_the_base_without_it(
+    root: Path, trained: TinyAda, tmp_path: Path
+) -> None:
+    only_law = trained.without_domain("math").without_domain("sql")
+    report = _report(root, tmp_path, only_law, ALWAYS).domains
+    law, math = report["law"], report["math"]
+    assert law.loss.routed == law.loss.oracle
+    assert law.loss.regret == 0
+    assert (law.loss.strange, law.strange_abstained) == (law.loss.base, 1)
+    # It never knew the other one, so leaving it out changes nothing: all go through law's adapter.
+    assert (math.routed_right, math.strange_abstained) == (0, 0)
+    assert math.loss.strange == math.loss.routed != math.loss.base
+    assert math.loss.worst_adapter != "law" or math.loss.worst == math.loss.routed
