@@ -81,7 +81,7 @@ class RouterSettings(_Settings):
     """Share of the prompts of a step that lose their keywords, and then teach none."""
     outlier_dropout: float = Field(default=0.2, ge=0, le=1)
     """Other words of such a prompt are hidden with a rate drawn anew for each between this and 1."""
-    sketch_share: float = Field(default=0.0, ge=0, le=2)
+    sketch_share: float = Field(default=0.0, ge=0, le=0.95)
     """Length of the sketch of rare words in a trained domain's prototypes, beside their vector's of 1; 0 leaves it out.
     With hundreds of texts per domain, 0.5 makes a domain that is added from examples take less from those that know
     their own words."""

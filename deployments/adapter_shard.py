@@ -6,7 +6,9 @@ imports torch.
 """
 
 import asyncio
+import resource
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -58,7 +60,12 @@ class AdapterShard:
     """Serves one shard's share of the adapters below `root`."""
 
     def __init__(self, root: Root, max_bytes: int = SHARD_BYTES) -> None:
+        # Every adapter that is kept holds a file open, and the usual limit is 1,024 of them.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
         self._store = Store(root)
+        # One at a time, in a thread of its own: merging must not keep those waiting who fetch.
+        self._merging = ThreadPoolExecutor(1, "merging")
         self._kept: ByteLru[AdapterRef, PackedAdapter] = ByteLru(max_bytes)
         # A caller that does not wait long enough finds the adapter there when it asks again.
         self._read = Joined(self._read_one)
@@ -98,9 +105,13 @@ class AdapterShard:
             if isinstance(one, ZephyraError):
                 return one
         weights = [weight for _, weight in entries]
-        try:
+
+        def worked() -> T:
             files = [self._store.adapter_folder(ref) / TENSORS_FILE for ref, _ in entries]
-            return await asyncio.to_thread(_worked, work, files, packed, weights)
+            return _worked(work, files, packed, weights)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._merging, worked)
         except ZephyraError as error:
             return error
 

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from cluster.lora.merging import Merged
 
 MERGE_WAIT_S = 120.0
-"""The longest that a shard may take for one ask, and a replica for the whole."""
+"""The longest that a replica waits for the whole."""
+
+ASK_WAIT_S = 30.0
+"""The longest that a shard may take for one ask, of a group of layers, before a copy of it is asked."""
 
 MERGED_BYTES = 2**28
 """Merged mixtures that are kept for whoever asks for the same; what was used longest ago goes first."""
@@ -70,12 +73,18 @@ class Merger:
         self._choose_ways = choose_ways
         self._kept: ByteLru[Wanted, MergedMixture] = ByteLru(MERGED_BYTES)
         self._made = Joined(self._make)
+        # Each holds a group's matrices on every shard and here.
+        self._one_at_a_time = asyncio.Semaphore(1)
 
     async def merge(self, wanted: Wanted) -> MergedMixture | ZephyraError:
         """The merged mixture, or why it cannot be had; those who ask for the same wait for one merge."""
         return self._kept.get(wanted) or await self._made.ask(wanted)
 
     async def _make(self, wanted: Wanted) -> MergedMixture | ZephyraError:
+        async with self._one_at_a_time:
+            return await self._make_now(wanted)
+
+    async def _make_now(self, wanted: Wanted) -> MergedMixture | ZephyraError:
         try:
             sizes = await self._ask("sizes", wanted.mixture.entries)
             fingerprint = await asyncio.to_thread(_one_base, [found for found, _ in sizes])
@@ -116,9 +125,9 @@ class Merger:
             shares[self._first_owner(ref, away)].append((ref, weight))
 
         async def of_share(shard: int, share: Entries) -> list[Any]:
-            lost = AdapterUnavailable(f"Shard {shard} did not answer within {MERGE_WAIT_S:g} s; try again.")
+            lost = AdapterUnavailable(f"Shard {shard} did not answer within {ASK_WAIT_S:g} s; try again.")
             try:
-                answer = await calls.call(self._shards[what][shard], share, *args, timeout_s=MERGE_WAIT_S, lost=lost)
+                answer = await calls.call(self._shards[what][shard], share, *args, timeout_s=ASK_WAIT_S, lost=lost)
             except AdapterUnavailable:
                 return await self._ask(what, share, *args, away=away | {shard})
             if isinstance(answer, ZephyraError):

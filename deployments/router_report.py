@@ -60,9 +60,9 @@ def print_explanation(explanation: Explanation, console: Console, num_effects: i
     near = Table(title="nearest prototypes", title_justify="left")
     near.add_column("domain", no_wrap=True)
     near.add_column("number", justify="right")
-    near.add_column("cosine", justify="right")
+    near.add_column("product", justify="right")
     for prototype in explanation.nearest:
-        near.add_row(prototype.domain, str(prototype.number), f"{prototype.cosine:.3f}")
+        near.add_row(prototype.domain, str(prototype.number), f"{prototype.product:.3f}")
     console.print(near)
     title = f"what speaks for {explanation.domain} (+) or {explanation.against} (-)"
     effects = Table(title=title, title_justify="left")

@@ -34,10 +34,7 @@ class Store:
             folder = self.storage.folder(name)
         except FileNotFoundError:
             raise CorruptArtifact(f"There is no {name} in the root; restore it, or publish it again.") from None
-        if name not in self._checked:
-            check_folder(folder, name)
-            self._checked.add(name)
-        return folder
+        return self._checked_folder(name, folder, lambda _: True)
 
     def adapter_folder(self, ref: AdapterRef) -> Path:
         """The local folder of an adapter; on a bucket it is fetched on first use.
@@ -50,8 +47,16 @@ class Store:
             folder = self.storage.folder(name)
         except FileNotFoundError:
             raise UnknownDomain(f"There is no adapter {ref}; ask for a version that was published.") from None
+        return self._checked_folder(name, folder, lambda file: not file.endswith(_WEIGHTS))
+
+    def _checked_folder(self, name: str, folder: Path, is_hashed: Callable[[str], bool]) -> Path:
         if name not in self._checked:
-            check_folder(folder, name, is_hashed=lambda file: not file.endswith(_WEIGHTS))
+            try:
+                check_folder(folder, name, is_hashed)
+            except CorruptArtifact:
+                # A copy of what a bucket holds can be had again.
+                folder = self.storage.fetched_again(name)
+                check_folder(folder, name, is_hashed)
             self._checked.add(name)
         return folder
 

@@ -10,7 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -97,6 +97,14 @@ class BucketStorage:
         if not folder.is_dir():
             self._fetch(name, folder)
         return folder
+
+    def fetched_again(self, name: str) -> Path:
+        # Renamed first: whoever reads it at this moment keeps what it has.
+        folder, away = self._cache / check_name(name), self._cache / f".damaged-{uuid.uuid4().hex}"
+        with suppress(FileNotFoundError):
+            folder.rename(away)
+            shutil.rmtree(away, ignore_errors=True)
+        return self.folder(name)
 
     def _upload(self, draft: Path, name: str) -> None:
         files = [file for file in draft.rglob("*") if file.is_file() and file.name != CHECKSUMS]

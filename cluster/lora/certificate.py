@@ -20,7 +20,9 @@ class Certificate:
 
     @property
     def kept_energy(self) -> float:
-        """The share of the sum's squared norm that is kept: at least this, for what is left out is orthogonal to it."""
+        """The share of the sum's squared norm that is kept. What is left out is orthogonal to what is kept, so it is at
+        least this, but for the rounding of the last cast, which is not orthogonal: `bound` alone is certain.
+        """
         kept, lost = self.norm, self.bound
         return 1 / (1 + (lost / kept) ** 2) if kept > 0 else float(lost == 0)
 

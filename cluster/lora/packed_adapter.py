@@ -4,6 +4,7 @@ The tensors' file is mapped, not read: its pages are the operating system's, whi
 use. A version never changes once it is published, and so neither does what is mapped.
 """
 
+import errno
 import hashlib
 import json
 import mmap
@@ -13,12 +14,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.errors import CorruptArtifact
+from cluster.errors import AdapterUnavailable, CorruptArtifact
 
 CONFIG_FILE, TENSORS_FILE, OURS_FILE = "adapter_config.json", "adapter_model.safetensors", "zephyra.json"
 """The two that PEFT writes, and ours with the base's fingerprint and the checksum."""
 
 MAX_ADAPTER_BYTES = 4 * 2**30
+
+_OUT_OF_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Nothing is wrong with the files then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,11 @@ def pack(folder: Path) -> PackedAdapter:
             )
         return PackedAdapter(config_json, ours["base_fingerprint"], tensors)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno in _OUT_OF_ROOM:
+            raise AdapterUnavailable(
+                f"The adapter in {folder.parent.name}/{folder.name} cannot be mapped: {error.strerror}; raise the "
+                "limit of open files or memory of this process, or lower what it keeps."
+            ) from error
         # An OSError's own text names the path, which is nobody's business outside.
         why = error.strerror if isinstance(error, OSError) else error
         raise CorruptArtifact(f"The adapter in {folder.parent.name}/{folder.name} cannot be read: {why}.") from error

@@ -42,6 +42,9 @@ class Storage(Protocol):
     def folder(self, name: str) -> Path:
         """The local folder of a version, on a bucket fetched on first use. Raises `FileNotFoundError`."""
 
+    def fetched_again(self, name: str) -> Path:
+        """The same after the local copy was found damaged; where there is no other, that one again."""
+
 
 def open_storage(root: Root) -> Storage:
     """The storage of a folder, or of a URI: file://, s3://, gs:// or az://. Raises `InvalidInput` for another."""
@@ -76,7 +79,8 @@ class LocalStorage:
         return path
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        with self.path(name).open("rb") as file:
+        # Without waiting: a pipe in a file's place would have no end of it.
+        with open(os.open(self.path(name), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
                 raise CorruptArtifact(f"{name} is no file of at most {max_bytes} bytes; restore it.")
@@ -115,6 +119,9 @@ class LocalStorage:
         if not path.is_dir():
             raise FileNotFoundError(2, "No such version", name)
         return path
+
+    def fetched_again(self, name: str) -> Path:
+        return self.folder(name)
 
 
 def write_version(parent: Path, write: Callable[[Path], None]) -> int:

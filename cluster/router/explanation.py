@@ -39,8 +39,10 @@ class NearPrototype:
     domain: str
     number: int
     """Which of the domain's prototypes, from 0."""
-    cosine: float
-    """What the head makes of the two: their cosine, the text's vector taken at unit length whatever is novel in it."""
+    product: float
+    """What the head makes of the two: the cosine of their vectors, and where the prototype has a sketch of rare words
+    the sketches' too, each as much as the prototype's part is long.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +202,6 @@ def _nearest(ada: TinyAda, text: str) -> tuple[NearPrototype, ...]:
     num_nearest = min(NUM_NEAREST, int(ada.head.num_prototypes_D.sum()))
     top = products_P.topk(num_nearest)
     return tuple(
-        NearPrototype(ada.domains[index // products_DP.shape[1]], index % products_DP.shape[1], cosine)
-        for index, cosine in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        NearPrototype(ada.domains[index // products_DP.shape[1]], index % products_DP.shape[1], product)
+        for index, product in zip(top.indices.tolist(), top.values.tolist(), strict=True)
     )

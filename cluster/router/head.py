@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cluster.router.encoder import NOVEL_WIDTH, NUM_EVIDENCE, Encoding
-from cluster.router.scoring import FixedPrototypes
+from cluster.router.scoring import MAX_LENGTH, FixedPrototypes
 
 SHARPNESS = 12.0
-"""What cosines are multiplied by: the nearest prototype decides, and the others smooth."""
+"""What products with prototypes are multiplied by: the nearest prototype decides, and the others smooth."""
 
 _NONE_WIDTH = 32
 
@@ -89,6 +89,15 @@ class Head(nn.Module):
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: they make the rows that are scored from prototypes of their own."""
         return {**self.__dict__, "_fixed": None}
+
+    def check_rows(self) -> None:
+        """Raise `ValueError` for numbers of rows that cannot be, or rows longer than can be scored in fixed point."""
+        num_rows = self.prototypes_DPV.shape[1]
+        if not bool(((self.num_prototypes_D >= 1) & (self.num_prototypes_D <= num_rows)).all()):
+            raise ValueError(f"a domain has none or more than {num_rows} prototypes")
+        lengths_DP = torch.linalg.vector_norm(self.prototypes_DPV, dim=2)
+        if bool((lengths_DP > MAX_LENGTH).any()):
+            raise ValueError(f"a prototype has the length {float(lengths_DP.max()):.3g}, expected at most {MAX_LENGTH}")
 
     def set_rows(self, domain: int, prototypes_PV: Tensor) -> None:
         """Replace the prototypes of a domain; `prototypes_PV` has at most as many rows as there is room for."""

@@ -245,6 +245,7 @@ class TinyAda(nn.Module):
             ada = cls(saved.domains, encoder, Head(num_domains, num_rows, saved.width), Policy(saved.threshold))
             ada.load_state_dict(tensors)
             ada.data_free = frozenset(saved.data_free)
+            ada.head.check_rows()
         except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
             raise CorruptArtifact(f"The router in {folder.name} cannot be read ({error}); train it again.") from error
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):

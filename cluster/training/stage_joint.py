@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cluster.config import StageSettings
+from cluster.errors import CatalogConflict
 from cluster.lora.catalog import Catalog, CatalogState, Change
 from cluster.messages import NONE_DOMAIN
 from cluster.model.base import Base
@@ -55,7 +56,11 @@ def train_joint(settings: StageSettings, run: Run) -> None:
         run.say("not trained: without validation rows nobody could tell whether a domain loses")
         return
     _fit(system, data, settings, run)
-    train, held_out = (router_rows(data, split, settings.recipe.train_rows_per_domain) for split in ("train", "val"))
+    labels = {*system.router.domains, NONE_DOMAIN}
+    train, held_out = (
+        [row for row in router_rows(data, split, settings.recipe.train_rows_per_domain) if row.domain in labels]
+        for split in ("train", "val")
+    )
     router = _calibrated(system.router, train, held_out, settings.recipe.router.target_false_rejection)
     after = _losses(system, data, settings)
     changes = {domain: after[domain] / before[domain] - 1 for domain in before}
@@ -78,8 +83,25 @@ def train_joint(settings: StageSettings, run: Run) -> None:
         for domain in domains
     }
     version = publish_router(settings.root, router)
-    catalog.publish(Change(adapters=published, router=version), expected_generation=state.generation)
+    _publish(catalog, state, Change(adapters=published, router=version))
     run.say(f"published {len(published)} adapters and router {version}")
+
+
+def _publish(catalog: Catalog, trained: CatalogState, change: Change) -> None:
+    """Publish unless something that was trained is no longer current; other domains may have come and gone meanwhile.
+
+    Raises `CatalogConflict`.
+    """
+    while True:
+        state = catalog.load()
+        now, then = ((s.base, s.router, *(s.adapters.get(name) for name in change.adapters)) for s in (state, trained))
+        if now != then:
+            raise CatalogConflict("The base, the router or an adapter changed during the joint stage; run it again.")
+        try:
+            catalog.publish(change, expected_generation=state.generation)
+        except CatalogConflict:
+            continue
+        return
 
 
 def _load(settings: StageSettings, state: CatalogState) -> _System:
@@ -87,6 +109,8 @@ def _load(settings: StageSettings, state: CatalogState) -> _System:
     base = published_base(settings.root, state)
     require_adapters(settings.root, state)
     router = trained_router(settings.root, state)
+    for withdrawn in set(router.domains) - set(state.adapters):
+        router = router.without_domain(withdrawn)
     adapters = TrainableAdapters(base.model, router.domains, options.rank, options.alpha, settings.recipe.seed)
     for domain in router.domains:
         adapters.load(domain, published_adapter(settings.root, state.ref(domain)))

@@ -235,6 +235,21 @@ def test_a_version_in_the_cache_is_not_fetched_again(tmp_path: Path) -> None:
     assert _snapshot(storage.folder("router/1")) == before
 
 
+def test_a_damaged_copy_in_the_cache_is_fetched_again_and_a_damaged_original_is_refused(tmp_path: Path) -> None:
+    from obstore.store import MemoryStore
+
+    storage = BucketStorage(MemoryStore(), tmp_path / "cache", "memory:///")
+    storage.write_version("router", lambda folder: _write(folder, "content"))
+    copied = storage.folder("router/1") / "deep" / "file"
+    copied.write_bytes(b"contend")
+    assert _snapshot(Store(storage).folder("router/1"))["deep/file"] == b"content"
+    local = open_storage(tmp_path / "root")
+    local.write_version("router", lambda folder: _write(folder, "content"))
+    (tmp_path / "root" / "router" / "1" / "deep" / "file").write_bytes(b"contend")
+    with pytest.raises(CorruptArtifact, match="deep/file"):
+        Store(local).folder("router/1")
+
+
 def test_links_do_not_lead_out_of_the_root(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside/secret.json").write_text("{}")

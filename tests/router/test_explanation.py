@@ -119,10 +119,10 @@ def test_the_nearest_prototypes_are_the_nearest(ada: TinyAda) -> None:
         ]
         expected = sorted(products, reverse=True)[:NUM_NEAREST]
         found = explain(grown, text).nearest
-        assert [near.cosine for near in found] == pytest.approx([product for product, _, _ in expected], abs=1e-5)
+        assert [near.product for near in found] == pytest.approx([product for product, _, _ in expected], abs=1e-5)
         by_place = {(name, number): product for product, name, number in products}
         for near in found:
-            assert near.cosine == pytest.approx(by_place[near.domain, near.number], abs=1e-5)
+            assert near.product == pytest.approx(by_place[near.domain, near.number], abs=1e-5)
 
 
 def test_words_never_seen_explain_a_domain_added_from_examples(ada: TinyAda) -> None:

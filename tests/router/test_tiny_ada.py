@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -160,6 +161,17 @@ def test_damaged_files_are_refused(ada: TinyAda, tmp_path: Path) -> None:
         with pytest.raises(CorruptArtifact):
             TinyAda.load(tmp_path)
     config.write_text(good_config)
+    impossible = {
+        "no prototype": ("num_prototypes_D", 0),
+        "too many": ("num_prototypes_D", 99),
+        "long": ("prototypes_DPV", 3),
+    }
+    for name, factor in impossible.values():
+        changed = safetensors.torch.load(good_tensors)
+        changed[f"head.{name}"] = changed[f"head.{name}"] * factor if factor != 99 else changed[f"head.{name}"] + factor
+        tensors.write_bytes(safetensors.torch.save(changed))
+        with pytest.raises(CorruptArtifact, match="prototype"):
+            TinyAda.load(tmp_path)
     tensors.write_bytes(good_tensors[:-100])
     with pytest.raises(CorruptArtifact):
         TinyAda.load(tmp_path)

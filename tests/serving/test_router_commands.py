@@ -64,7 +64,7 @@ def test_explain_prints_and_writes_the_explanation(ada_root, tmp_path):
         assert f"{name} {weight:.0%}" in done.output
     for effect in expected.effects[:12]:
         assert f"{effect.effect:+.2f}" in done.output
-    assert f"{expected.nearest[0].cosine:.3f}" in done.output
+    assert f"{expected.nearest[0].product:.3f}" in done.output
     against = router("explain", prompt, "--root", root, "--against", "opera")
     assert against.exit_code == 1
     assert "knows no domain 'opera'" in against.output

@@ -16,7 +16,7 @@ from cluster.config import (
     StageSettings,
 )
 from cluster.errors import InvalidData, StageOrder
-from cluster.lora.catalog import Catalog
+from cluster.lora.catalog import Catalog, Change
 from cluster.router.sentence_encoder import SentenceEncoder
 from cluster.router.tiny_ada import TinyAda
 from cluster.training import STAGES
@@ -142,6 +142,24 @@ def test_a_joint_stage_that_costs_a_domain_publishes_nothing(tmp_path: Path, dat
     assert set(state.adapters.values()) == {1}
     assert state.router == 1
     assert any("not published" in text and "lost" in text for text in run.said)
+
+
+def test_a_joint_stage_leaves_alone_what_came_and_went_meanwhile(tmp_path: Path, data: Path) -> None:
+    root = tmp_path / "root"
+    for name in ("base", "adapters", "router"):
+        STAGES[name](settings(root, data), FolderRun(tmp_path / name))
+    catalog = Catalog(root)
+    trained = sorted(catalog.load().adapters)
+    catalog.publish(Change(withdrawn=(trained[0],)))
+
+    class Interrupted(FolderRun):
+        def report(self, step: int, metrics: Mapping[str, float]) -> None:
+            super().report(step, metrics)
+            catalog.publish(Change(adapters={f"live{step}": 1}))
+
+    STAGES["joint"](settings(root, data), Interrupted(tmp_path / "joint"))
+    assert catalog.load().adapters == {**dict.fromkeys(trained[1:], 2), "live1": 1, "live2": 1}
+    assert catalog.load().router == 2
 
 
 @pytest.mark.parametrize(("stage", "needs"), [("adapters", "base"), ("router", "base"), ("joint", "base")])
