@@ -48,7 +48,7 @@ _BARS = {
 }
 _AHEAD_OF_BASELINE = ("clinc_near_auroc", "hwu_accuracy", "mmlu_accuracy", "domains_accuracy", "manytask_accuracy")
 
-_WIDTH = 120
+_WIDTH = 130
 
 
 def bars(figures: Measurements, target_false_rejection: float) -> dict[str, Bar]:
