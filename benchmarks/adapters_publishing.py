@@ -44,11 +44,12 @@ def publish(bench: ServingBench) -> Measurements:
         settings = {"dtype": "bfloat16", "engine": engine, "replicas": 2, "affinity_slack": None}
         with served(root, **settings) as cluster:
             scenario = _Publishing(root, cluster)
-            live_s = cluster.run(partial(scenario.time_publishes, number=num_timed))
+            routed_s, live_s = cluster.run(partial(scenario.time_publishes, number=num_timed))
             num_failed, num_requests, num_lost = cluster.run(partial(scenario.change, number=num_changes))
     for problem in sorted(scenario.problems):
         bench.console.print(f"publish: a request failed: {problem}", highlight=False)
     return {
+        "publish_to_routed_s": Measurement(tuple(routed_s)),
         "publish_to_live_s": Measurement(tuple(live_s)),
         "publish_to_live_worst_s": Measurement((max(live_s),)),
         "failed_during_publish": Measurement((num_failed,)),
@@ -69,8 +70,9 @@ class _Publishing:
         self.problems: set[str] = set()
         """What failed requests were told."""
 
-    async def time_publishes(self, load: Load, number: int) -> list[float]:
-        """Seconds from each generation's being written to its domain's being live, under load."""
+    async def time_publishes(self, load: Load, number: int) -> tuple[list[float], list[float]]:
+        """Seconds from each generation's being written to its domain's being routed, and to its being live."""
+        routed_s: list[float] = []
         live_s: list[float] = []
 
         async def publish_some() -> None:
@@ -79,22 +81,27 @@ class _Publishing:
                 await asyncio.to_thread(self._domains.add, name, self._adapter, _prompts(name))
                 generation = Catalog(self._root).latest()
                 written_s = (self._root / "catalog" / f"{generation}.json").stat().st_mtime
-                await self._until_live(load, name)
+                await self._until_routed(load, name)
+                routed_s.append(time.time() - written_s)
+                await self._until_generating(load, name)
                 live_s.append(time.time() - written_s)
 
         await self._under_load(load, publish_some)
-        return live_s
+        return routed_s, live_s
 
-    async def _until_live(self, load: Load, name: str) -> None:
-        """Until every prompt of its own is routed to it, and every replica has answered with it."""
+    async def _until_routed(self, load: Load, name: str) -> None:
+        """Until every prompt of its own is routed to it."""
         end_s = time.perf_counter() + _GIVE_UP_S
         prompts = _prompts(name)
-        while [await load.routed_to(prompt) for prompt in prompts] != [name] * len(prompts):
+        while set(await asyncio.gather(*(load.routed_to(prompt) for prompt in prompts))) != {name}:
             assert time.perf_counter() < end_s, f"{name} is not routed after {_GIVE_UP_S:g} s"
             await asyncio.sleep(_POLL_S)
-        ref = str(AdapterRef(name, 1))
+
+    async def _until_generating(self, load: Load, name: str) -> None:
+        """Until every replica has answered with it."""
+        end_s, ref = time.perf_counter() + _GIVE_UP_S, str(AdapterRef(name, 1))
         while True:
-            answers = await asyncio.gather(*(load.complete(prompts[0], f"zephyra:{name}", 1) for _ in range(4)))
+            answers = await asyncio.gather(*(load.complete("def f(x):", f"zephyra:{name}", 1) for _ in range(4)))
             assert all(answer.status == 200 for answer in answers), f"{name} is routed and not served"
             stats = await asyncio.to_thread(self._cluster.stats)
             if all(ref in map(str, replica.resident_adapters) for replica in stats):
