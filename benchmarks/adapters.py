@@ -15,8 +15,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.adapters_publishing import publish
 from benchmarks.adapters_serving import SERVING_SCENARIOS, ServingBench
+from benchmarks.catalog_size import catalog_size
 from benchmarks.figures import Bar, Measurements
+from benchmarks.killed_publisher import torn
 from benchmarks.merging import FULL, QUICK, merging
 from benchmarks.report import in_words, result_line
 from benchmarks.system import num_cores
@@ -26,6 +29,8 @@ _DIGITS = 9
 """Of the figures in RESULT: some bars lie within a hundred thousandth of 1."""
 
 _WIDTH = 130
+
+_KILLS, _KILLS_QUICK = 500, 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,14 @@ def _merging(bench: AdapterBench) -> Measurements:
     return merging(mixings, bench.tables, lambda _: bench.progress.update(task, advance=1, refresh=True))
 
 
+def _catalog(bench: AdapterBench) -> Measurements:
+    return catalog_size(bench.serving.effort.many)
+
+
+def _torn(bench: AdapterBench) -> Measurements:
+    return torn(_KILLS_QUICK if bench.is_quick else _KILLS)
+
+
 def _on_cluster(measure: Callable[[ServingBench], Measurements]) -> Callable[[AdapterBench], Measurements]:
     return lambda bench: measure(bench.serving)
 
@@ -66,7 +79,11 @@ SCENARIOS = {
     "merging": Scenario(
         _merging, "mixtures of up to 1,000 adapters, merged on 1, 2, 4 and 8 shards, against the optimum"
     ),
+    "catalog": Scenario(_catalog, "10,000 domains in the catalog and in the router; one more"),
+    # Before Ray is started: what is forked should have no threads of others.
+    "torn": Scenario(_torn, "publishers killed at each of their steps"),
     **{name: Scenario(_on_cluster(measure), what) for name, (measure, what) in SERVING_SCENARIOS.items()},
+    "publish": Scenario(_on_cluster(publish), "domains published and withdrawn under load, on two replicas"),
 }
 
 BARS = {
@@ -80,6 +97,12 @@ BARS = {
     "failed_on_shard_kill": Bar(0, at_most=True),
     "failed_on_other_shards": Bar(0, at_most=True),
     "shard_recovery_s": Bar(3, at_most=True),
+    "publish_to_live_s": Bar(1, at_most=True),
+    "publish_to_live_worst_s": Bar(1, at_most=True),
+    "failed_during_publish": Bar(0, at_most=True),
+    "lost_publishes": Bar(0, at_most=True),
+    "torn_catalogs": Bar(0, at_most=True),
+    "catalog_load_s": Bar(2, at_most=True),
 }
 
 

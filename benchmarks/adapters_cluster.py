@@ -38,6 +38,8 @@ class Answered:
 
     status: int
     chunks_s: list[float] = field(default_factory=list)
+    problem: str = ""
+    """What was said instead of an answer."""
 
     @property
     def gaps_s(self) -> list[float]:
@@ -128,6 +130,23 @@ class Load:
                 if line.startswith("data: {") and "error" not in json.loads(line.removeprefix("data: ")):
                     answered.chunks_s.append(time.perf_counter() - start_s)
         return answered
+
+    async def complete(self, prompt: str, model: str, max_tokens: int) -> Answered:
+        """A prompt to a model, answered whole."""
+        start_s = time.perf_counter()
+        body = {"prompt": prompt, "model": model, "max_tokens": max_tokens, "ignore_eos": True}
+        response = await self._client.post("/v1/completions", json=body)
+        problem = "" if response.status_code == 200 else response.text
+        return Answered(response.status_code, [time.perf_counter() - start_s], problem)
+
+    async def routed_to(self, prompt: str) -> str | None:
+        """The domain that the router gives most weight for a prompt, None for the base."""
+        mixture = (await self._client.post("/v1/route", json={"prompt": prompt})).json()["mixture"]
+        return max(mixture, key=mixture.__getitem__).partition("@")[0] if mixture else None
+
+    async def models(self) -> list[str]:
+        """What requests may name."""
+        return [model["id"] for model in (await self._client.get("/v1/models")).json()["data"]]
 
     async def closed(self, numbers: Sequence[int], in_flight: int, max_tokens: int) -> tuple[list[Answered], float]:
         """One request for each of `numbers`, so many unanswered at any time; and how long all took."""

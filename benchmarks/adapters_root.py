@@ -11,6 +11,7 @@ import torch
 from benchmarks.random_model import library_texts
 from cluster.lora import peft_format
 from cluster.lora.catalog import Catalog, Change
+from cluster.lora.checksums import write_checksums
 from cluster.lora.store import write_version
 from cluster.lora.weights import AdapterWeights, Factors, adaptable_layers
 from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
@@ -54,6 +55,7 @@ def write_root(root: Path, num_domains: int, rank: int) -> None:
         folder = root / "adapters" / domain(number) / "1"
         folder.mkdir(parents=True)
         peft_format.save(folder, AdapterWeights(factors, base.fingerprint), base_model_name="base")
+        write_checksums(folder)
     Catalog(root).publish(Change(adapters={domain(number): 1 for number in range(num_domains)}))
 
 

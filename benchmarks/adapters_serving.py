@@ -5,6 +5,8 @@ A ratio compares runs of the same minutes; times are of the machine as it was.
 
 import asyncio
 import random
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,24 +51,32 @@ class ServingBench:
     """What a scenario is given: roots, written when first needed."""
 
     def __init__(self, folder: Path, is_quick: bool, console: Console) -> None:
+        self.is_quick = is_quick
         self.effort = QUICK if is_quick else Effort()
         self._folder = folder
-        self._console = console
+        self.console = console
 
     def root(self, num_domains: int, rank: int = RANK) -> Path:
         """A root with so many domains."""
         root = self._folder / f"root{num_domains}-{rank}"
         if not root.exists():
-            self._console.print(f"writing {num_domains:,} adapters ...")
+            self.console.print(f"writing {num_domains:,} adapters ...")
             write_root(root, num_domains, rank)
         return root
+
+    @contextmanager
+    def copy_of_root(self, num_domains: int) -> Iterator[Path]:
+        """One to be changed."""
+        root = self.root(num_domains)
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            yield shutil.copytree(root, Path(folder) / "root")
 
     @contextmanager
     def cluster(self, num_domains: int, num_slots: int, rank: int = RANK, **settings: Any) -> Iterator[ServedRoot]:
         """A cluster over the root of so many domains, whose slot banks hold `num_slots` of them in bf16."""
         root = self.root(num_domains, rank)
         engine = {"adapter_bytes": num_slots * adapter_bytes(root)}
-        self._console.print(f"serving {num_domains:,} domains, {num_slots} slots, {settings or 'by default'}")
+        self.console.print(f"serving {num_domains:,} domains, {num_slots} slots, {settings or 'by default'}")
         with served(root, dtype="bfloat16", engine=engine, **settings) as cluster:
             yield cluster
 

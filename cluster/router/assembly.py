@@ -20,24 +20,27 @@ from cluster.router.domain_prototypes import (
     DomainPrototypes,
     examples_from_bytes,
     prototypes_from_examples,
+    prototypes_of,
     with_prototypes,
 )
 from cluster.router.tiny_ada import TinyAda
 
 _READERS = 16
 
-_Key = tuple[AdapterRef, str]
+_Own = tuple[int, str]
 """A domain's version and the checksum of its prototypes."""
 
 
 class RouterAssembly:
-    """Makes the router of a state, and the next one from what it read for the one before."""
+    """Makes the router of a state out of the one it made before: only what changed is read and made anew."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._version: int | None = None
         self._trained: TinyAda | None = None
-        self._read: dict[_Key, DomainPrototypes | None] = {}
+        self._last: TinyAda | None = None
+        self._rows_of: dict[str, _Own | None] = {}
+        """Where the last router's domains have their rows from; None where they were trained into it."""
         self.problems: Mapping[str, str] = {}
         """Domains that had to be left out of the last router, each with the reason."""
 
@@ -49,45 +52,57 @@ class RouterAssembly:
         """
         if state.router is None:
             return None
-        if state.router != self._version or self._trained is None:
-            self._trained = TinyAda.load(self._store.folder(f"router/{state.router}"))
-            self._version, self._read = state.router, {}
-        keys = {name: (state.ref(name), sha256) for name, sha256 in state.prototypes.items()}
-        missing = [key for key in keys.values() if key not in self._read]
-        problems = {}
+        if state.router != self._version or self._trained is None or self._last is None:
+            self._trained = self._last = TinyAda.load(self._store.folder(f"router/{state.router}"))
+            self._version, self._rows_of = state.router, dict.fromkeys(self._trained.domains)
+        wanted: dict[str, _Own | None] = {name: None for name in self._trained.domains if name in state.adapters}
+        wanted |= {name: (state.adapters[name], sha256) for name, sha256 in state.prototypes.items()}
+        before, missing = self._rows_of, object()
+        changed = [name for name, own in wanted.items() if before.get(name, missing) != own]
+        added, problems = self._added({name: wanted[name] for name in changed})
+        removed = (before.keys() - wanted.keys()) | problems.keys()
+        if added or removed:
+            self._last = with_prototypes(self._last, added, removed)
+        self._rows_of = {name: own for name, own in wanted.items() if name not in problems}
+        self.problems = problems
+        return self._last
+
+    def _added(self, wanted: Mapping[str, _Own | None]) -> tuple[dict[str, DomainPrototypes], dict[str, str]]:
+        """The rows of each of these domains, or what is wrong with its files."""
+        added, problems = {}, {}
         # From a bucket each takes its time.
         with ThreadPoolExecutor(_READERS) as pool:
-            for key, found in zip(missing, pool.map(self._try, missing), strict=True):
+            for name, found in zip(wanted, pool.map(self._try, wanted, wanted.values()), strict=True):
                 if isinstance(found, ZephyraError):
-                    problems[key[0].domain] = str(found)
+                    problems[name] = str(found)
                 else:
-                    self._read[key] = found
-        self._read = {key: self._read[key] for key in keys.values() if key in self._read}
-        self.problems = problems
-        added = {key[0].domain: given for key, given in self._read.items() if given is not None}
-        unknown = set(self._trained.domains) - set(state.adapters)
-        return with_prototypes(self._trained, added, unknown | set(problems))
+                    added[name] = found
+        return added, problems
 
-    def _try(self, key: _Key) -> DomainPrototypes | ZephyraError | None:
+    def _try(self, name: str, own: _Own | None) -> DomainPrototypes | ZephyraError:
         try:
-            return self._prototypes(*key)
+            return self._prototypes(name, own)
         except StorageUnavailable:
             # No domain's fault, and over in a while.
             raise
         except ZephyraError as error:
             return error
 
-    def _prototypes(self, ref: AdapterRef, sha256: str) -> DomainPrototypes | None:
-        """The rows to use for a domain, None where those trained into the router are the newer ones."""
+    def _prototypes(self, name: str, own: _Own | None) -> DomainPrototypes:
+        """The rows to use for a domain: those trained into the router where they are the newer ones."""
         assert self._trained is not None
         assert self._version is not None
+        if own is None:
+            return prototypes_of(self._trained, name, self._version)
+        version, sha256 = own
+        ref = AdapterRef(name, version)
         content = self._store.adapter_file(ref, PROTOTYPES_FILE, sha256, MAX_PROTOTYPES_BYTES)
         given = DomainPrototypes.from_bytes(content)
         if given.router == self._version:
             return given
-        if ref.domain in self._trained.domains:
-            return None
+        if name in self._trained.domains:
+            return prototypes_of(self._trained, name, self._version)
         listed = self._store.adapter_files(ref)[EXAMPLES_FILE]
         kept = self._store.adapter_file(ref, EXAMPLES_FILE, listed.sha256, MAX_EXAMPLES_BYTES)
         examples = examples_from_bytes(kept)
-        return prototypes_from_examples(self._trained, self._version, ref.domain, examples, given.is_data_free)
+        return prototypes_from_examples(self._trained, self._version, name, examples, given.is_data_free)

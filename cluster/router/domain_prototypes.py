@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cluster.errors import CorruptArtifact, InvalidData
 from cluster.lora.safetensors_header import check_header
+from cluster.router.head import Rows
 from cluster.router.scoring import MAX_LENGTH
 from cluster.router.tiny_ada import TinyAda
 
@@ -71,53 +72,53 @@ def prototypes_from_examples(
 ) -> DomainPrototypes:
     """What `ada`, version `router`, learns of `name` from its examples. Raises `InvalidInput` as `with_domain` does."""
     known = ada.without_domain(name) if name in ada.domains else ada
-    grown = known.with_domain(name, examples, is_data_free=is_data_free)
-    index, head = grown.domains.index(name), grown.head
-    rows_PV = head.prototypes_DPV[index, : int(head.num_prototypes_D[index])].clone()
-    return DomainPrototypes(rows_PV, float(head.offsets_D[index]), router, is_data_free)
+    return prototypes_of(known.with_domain(name, examples, is_data_free=is_data_free), name, router)
 
 
 @torch.no_grad()
 def with_prototypes(ada: TinyAda, added: Mapping[str, DomainPrototypes], removed: Collection[str]) -> TinyAda:
     """`ada` without the domains `removed` and with those `added`, in place of its own rows where it knows the domain.
 
-    All at once: the rows are copied once, however many domains come or go. The encoder is shared with `ada`. Raises
-    `CorruptArtifact` for rows of another width.
+    All at once: the rows are copied once, however many domains come or go, and only what is added is rounded anew. The
+    encoder is shared with `ada`. Raises `CorruptArtifact` for rows of another width.
     """
-    head = ada.head
-    kept = [index for index, name in enumerate(ada.domains) if name not in removed and name not in added]
-    names = sorted([ada.domains[index] for index in kept] + list(added))
-    width = head.prototypes_DPV.shape[2]
+    width = ada.head.prototypes_DPV.shape[2]
     for name, given in added.items():
         if given.rows_PV.shape[1] != width:
             raise CorruptArtifact(
                 f"The prototypes of {name!r} have {given.rows_PV.shape[1]} numbers, the router's have {width}; add the "
                 "domain again."
             )
-    num_rows = max([head.prototypes_DPV.shape[1], *(len(given.rows_PV) for given in added.values())])
-    prototypes_DPV = head.prototypes_DPV.new_zeros(len(names), num_rows, width)
-    counts_D = head.num_prototypes_D.new_ones(len(names))
-    offsets_D = head.offsets_D.new_zeros(len(names))
-    place = {name: index for index, name in enumerate(names)}
-    if kept:
-        where = torch.tensor([place[ada.domains[index]] for index in kept])
-        prototypes_DPV[where, : head.prototypes_DPV.shape[1]] = head.prototypes_DPV[kept]
-        counts_D[where], offsets_D[where] = head.num_prototypes_D[kept], head.offsets_D[kept]
-    if added:
-        where = torch.tensor([place[name] for name in added])
-        counts = torch.tensor([len(given.rows_PV) for given in added.values()])
-        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        row = torch.arange(len(first)) - first
-        # Ten thousand domains in one copy, not ten thousand copies.
-        prototypes_DPV[where.repeat_interleave(counts), row] = torch.cat([given.rows_PV for given in added.values()])
-        counts_D[where], offsets_D[where] = counts, torch.tensor([given.offset for given in added.values()])
-    shared = (ada.encoder, head.prototypes_DPV)
-    made = copy.deepcopy(ada, {id(part): part for part in shared})
-    made.domains = tuple(names)
-    made.head.prototypes_DPV, made.head.num_prototypes_D, made.head.offsets_D = prototypes_DPV, counts_D, offsets_D
+    numbers = {name: number for number, name in enumerate(ada.domains)}
+    for name in removed:
+        numbers.pop(name, None)
+    numbers |= {name: len(ada.domains) + number for number, name in enumerate(sorted(added))}
+    names = tuple(sorted(numbers))
+    head = ada.head.rearranged(_stacked(added, width), [numbers[name] for name in names])
+    made = copy.deepcopy(ada, {id(ada.encoder): ada.encoder, id(ada.domains): names, id(ada.head): head})
     guesses = {name for name, given in added.items() if given.is_data_free}
-    made.data_free = frozenset((ada.data_free & {ada.domains[index] for index in kept}) | guesses)
+    made.data_free = frozenset(name for name in ada.data_free if name in numbers and name not in added) | guesses
     return made
+
+
+def prototypes_of(ada: TinyAda, name: str, router: int) -> DomainPrototypes:
+    """What `ada`, version `router`, knows of `name`, one of its domains."""
+    index, head = ada.domains.index(name), ada.head
+    rows_PV = head.prototypes_DPV[index, : int(head.num_prototypes_D[index])].clone()
+    return DomainPrototypes(rows_PV, float(head.offsets_D[index]), router, name in ada.data_free)
+
+
+def _stacked(added: Mapping[str, DomainPrototypes], width: int) -> Rows:
+    """The rows of all, by name."""
+    given = [added[name] for name in sorted(added)]
+    sizes = [len(one.rows_PV) for one in given]
+    counts_D = torch.tensor(sizes, dtype=torch.long)
+    prototypes_DPV = torch.zeros(len(given), max(sizes, default=0), width)
+    if given:
+        # Ten thousand domains in one copy, not ten thousand copies.
+        held_DP = torch.arange(prototypes_DPV.shape[1]) < counts_D[:, None]
+        prototypes_DPV[held_DP] = torch.cat([one.rows_PV for one in given])
+    return Rows(prototypes_DPV, counts_D, torch.tensor([one.offset for one in given], dtype=torch.float32))
 
 
 def examples_to_bytes(examples: Sequence[str]) -> bytes:

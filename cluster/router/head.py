@@ -5,13 +5,16 @@ other logit by a bit. Letters: B texts, D domains, P prototypes of a domain, V w
 novel together, E evidence.
 """
 
+import copy
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cluster.router.encoder import NOVEL_WIDTH, NUM_EVIDENCE, Encoding
-from cluster.router.scoring import MAX_LENGTH, FixedPrototypes
+from cluster.router.scoring import MAX_LENGTH, FixedPrototypes, Run, runs
 
 SHARPNESS = 12.0
 """What products with prototypes are multiplied by: the nearest prototype decides, and the others smooth."""
@@ -30,6 +33,15 @@ def domain_logits(keys_BV: Tensor, prototypes_DPV: Tensor, num_prototypes_D: Ten
     padding_DP = torch.arange(num_rows) >= num_prototypes_D[:, None]
     scaled_DBP = (product_DBP.double() * SHARPNESS).masked_fill(padding_DP[:, None], -math.inf)
     return (scaled_DBP.logsumexp(-1) - num_prototypes_D.double().log()[:, None]).float().T
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a head holds of domains."""
+
+    prototypes_DPV: Tensor
+    num_prototypes_D: Tensor
+    offsets_D: Tensor
 
 
 class Head(nn.Module):
@@ -119,11 +131,34 @@ class Head(nn.Module):
             fresh = rows.new_ones(size) if name == "num_prototypes_D" else rows.new_zeros(size)
             setattr(self, name, torch.cat((rows[:domain], fresh, rows[domain:])))
 
+    def rearranged(self, fresh: Rows, numbers: Sequence[int]) -> "Head":
+        """A head of its own whose domains are these `numbers`: of this one's, and after its last those of `fresh`.
+
+        What stays together is copied together, already rounded rows as they are. Every domain keeps its bits.
+        """
+        scored = self.fixed_prototypes()
+        made = copy.deepcopy(self, {id(self.prototypes_DPV): self.prototypes_DPV})
+        made.make_room(fresh.prototypes_DPV.shape[1])
+        lacking = made.prototypes_DPV.shape[1] - fresh.prototypes_DPV.shape[1]
+        fresh_DPV = nn.functional.pad(fresh.prototypes_DPV, (0, 0, 0, lacking))
+        taken = runs(numbers, len(scored.starts) - 1)
+        made.prototypes_DPV = _joined(made.prototypes_DPV, fresh_DPV, taken)
+        made.num_prototypes_D = _joined(self.num_prototypes_D, fresh.num_prototypes_D, taken)
+        made.offsets_D = _joined(self.offsets_D, fresh.offsets_D, taken)
+        fresh_scored = FixedPrototypes.of(fresh.prototypes_DPV, fresh.num_prototypes_D)
+        made._fixed = scored.joined(fresh_scored, taken, (made.prototypes_DPV, made.num_prototypes_D))
+        return made
+
     def remove(self, domain: int) -> None:
         """Drop the rows of a domain."""
         for name in ("prototypes_DPV", "num_prototypes_D", "offsets_D"):
             rows = getattr(self, name)
             setattr(self, name, torch.cat((rows[:domain], rows[domain + 1 :])))
+
+
+def _joined(old: Tensor, fresh: Tensor, taken: Sequence[Run]) -> Tensor:
+    parts = [(fresh if run.is_fresh else old)[run.first : run.last] for run in taken]
+    return torch.cat(parts) if parts else old[:0]
 
 
 def keys(encoding: Encoding) -> Tensor:

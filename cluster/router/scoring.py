@@ -7,6 +7,7 @@ a domain, R prototypes of all domains, V width.
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -26,6 +27,28 @@ _AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Domains that stand one after another, old ones or fresh ones: from `first` to before `last`."""
+
+    is_fresh: bool
+    first: int
+    last: int
+
+
+def runs(numbers: Sequence[int], num_old: int) -> list[Run]:
+    """`numbers` as the fewest runs, in order; those from `num_old` on number the fresh ones."""
+    given = np.asarray(numbers, dtype=np.int64)
+    is_next = (np.diff(given) == 1) & (given[1:] != num_old)
+    found = []
+    for part in np.split(given, np.flatnonzero(~is_next) + 1):
+        if len(part):
+            is_fresh = bool(part[0] >= num_old)
+            first = int(part[0]) - (num_old if is_fresh else 0)
+            found.append(Run(is_fresh, first, first + len(part)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
 class FixedPrototypes:
     """The prototypes of all domains, one after another; never changed."""
 
@@ -38,7 +61,7 @@ class FixedPrototypes:
     @classmethod
     def of(cls, prototypes_DPV: Tensor, num_prototypes_D: Tensor) -> Self:
         """Of vectors of `MAX_LENGTH` at most; of each domain's rows those beyond its number are padding."""
-        starts = torch.nn.functional.pad(num_prototypes_D.cumsum(0), (1, 0))
+        starts = _starts(num_prototypes_D)
         rows_RV = _room(int(starts[-1]), prototypes_DPV.shape[2])
         kept_DP = torch.arange(prototypes_DPV.shape[1]) < num_prototypes_D[:, None]
         # Some domains at a time, which stay in the cache.
@@ -46,7 +69,20 @@ class FixedPrototypes:
             last = min(first + _AT_ONCE, len(prototypes_DPV))
             kept_RV = prototypes_DPV[first:last][kept_DP[first:last]]
             rows_RV[starts[first] : starts[last]] = _fixed(kept_RV)
-        return cls(rows_RV, starts, tuple((tensor, _version(tensor)) for tensor in (prototypes_DPV, num_prototypes_D)))
+        return cls(rows_RV, starts, _versions((prototypes_DPV, num_prototypes_D)))
+
+    def joined(self, fresh: Self, taken: Sequence[Run], sources: tuple[Tensor, Tensor]) -> Self:
+        """The rows of these runs of domains, of this and of `fresh`, which are those of `sources`."""
+        prototypes_DPV, num_prototypes_D = sources
+        starts = _starts(num_prototypes_D)
+        rows_RV = _room(int(starts[-1]), prototypes_DPV.shape[2])
+        at = 0
+        for run in taken:
+            part = fresh if run.is_fresh else self
+            rows = part.rows_RV[part.starts[run.first] : part.starts[run.last]]
+            rows_RV[at : at + len(rows)] = rows
+            at += len(rows)
+        return type(self)(rows_RV, starts, _versions(sources))
 
     def are_of(self, *tensors: Tensor) -> bool:
         """Whether they were made from these very tensors, and these were not written to since."""
@@ -69,6 +105,14 @@ class FixedPrototypes:
         prototypes = native.Prototypes(self.rows_RV.data_ptr(), self.starts.data_ptr(), num_domains, width)
         library.zephyra_log_means(keys_BV.data_ptr(), num_texts, ctypes.byref(prototypes), scale, logits_BD.data_ptr())
         return logits_BD
+
+
+def _starts(num_prototypes_D: Tensor) -> Tensor:
+    return torch.nn.functional.pad(num_prototypes_D.cumsum(0), (1, 0))
+
+
+def _versions(tensors: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, int], ...]:
+    return tuple((tensor, _version(tensor)) for tensor in tensors)
 
 
 def _version(tensor: Tensor) -> int:

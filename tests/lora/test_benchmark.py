@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.adapters import BARS, SCENARIOS, main
+from benchmarks.catalog_size import catalog_size
 
 
 def test_the_quick_run_gives_every_figure_and_merging_keeps_its_bars(
@@ -48,3 +49,10 @@ def test_what_cannot_be_run_ends_with_a_sentence(
 
 def test_every_scenario_is_described() -> None:
     assert all(scenario.what for scenario in SCENARIOS.values())
+
+
+def test_one_more_domain_writes_as_many_bytes_however_many_there_are() -> None:
+    figures = {name: measurement.value for name, measurement in catalog_size(many=40).items()}
+    assert figures["publish_bytes_40"] == figures["publish_bytes_10"] < 1000
+    assert figures["snapshot_bytes_40"] > figures["snapshot_bytes_10"]
+    assert {"catalog_load_s", "router_assembly_s", "router_assembly_one_more_s"} <= figures.keys()

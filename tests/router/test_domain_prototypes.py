@@ -1,6 +1,7 @@
 """Prototypes in files of their own: the router made of many is the one that adding domains one by one makes."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from cluster.errors import CorruptArtifact, InvalidData
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog_state import CatalogState
+from cluster.messages import AdapterRef
 from cluster.router.assembly import RouterAssembly
 from cluster.router.domain_prototypes import (
     EXAMPLES_FILE,
@@ -19,6 +21,7 @@ from cluster.router.domain_prototypes import (
     prototypes_from_examples,
     with_prototypes,
 )
+from cluster.router.scoring import FixedPrototypes
 from cluster.router.tiny_ada import TinyAda
 from tests.router.prompts import DOMAINS, STRANGE, prompts
 from tests.router.test_tiny_ada import NEW_TAX, TAX
@@ -186,3 +189,38 @@ def test_a_new_generation_reads_only_what_is_new(ada: TinyAda, tmp_path: Path) -
     made = assembly.assemble(root.state)
     assert made is not None
     assert {"tax", "astronomy"} <= set(made.domains)
+
+
+def test_the_router_made_out_of_the_one_before_is_the_one_made_from_nothing(ada: TinyAda, tmp_path: Path) -> None:
+    root = Root(tmp_path, ada)
+    added = [f"{letter}{number}" for letter in "dz" for number in range(5)]
+    rng = random.Random(0)
+    for name in (*added, "sql"):
+        for version in (1, 2):
+            given = prototypes_from_examples(ada, 1, name, rng.sample(TEXTS, 1 + version), is_data_free=version == 2)
+            root.add(name, given, TAX)
+    assembly = RouterAssembly(root.store)
+    sizes = set()
+    for generation in range(1, 30):
+        names = [name for name in (*added, *DOMAINS) if rng.random() < rng.choice((0.2, 0.9))]
+        versions = {name: rng.choice((1, 2)) for name in names}
+        files = {
+            name: root.store.adapter_files(AdapterRef(name, version))
+            for name, version in versions.items()
+            if name in (*added, "sql")
+        }
+        own = {name: of_version[PROTOTYPES_FILE].sha256 for name, of_version in files.items() if rng.random() < 0.8}
+        state = CatalogState(generation, adapters=versions, router=1, prototypes=own)
+        made, expected = assembly.assemble(state), RouterAssembly(root.store).assemble(state)
+        assert made is not None
+        assert expected is not None
+        assert same(made, expected)
+        scored, expected_scored = made.head.fixed_prototypes(), expected.head.fixed_prototypes()
+        assert torch.equal(scored.rows_RV, expected_scored.rows_RV)
+        assert torch.equal(scored.starts, expected_scored.starts)
+        assert torch.equal(made.head.offsets_D, expected.head.offsets_D)
+        # What was rounded before is as if it had been rounded from the floats that are there now.
+        anew = FixedPrototypes.of(made.head.prototypes_DPV, made.head.num_prototypes_D)
+        assert torch.equal(anew.rows_RV, scored.rows_RV)
+        sizes.add(len(made.domains))
+    assert len(sizes) > 5
