@@ -3,27 +3,20 @@
 import json
 import pickle
 import shutil
-import subprocess
-import sys
-import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import pytest
-from ray.serve.grpc_util import gRPCInputStream
 
-from cluster.config import AppSettings
 from cluster.errors import (
     CatalogConflict,
     IncompatibleAdapter,
     InvalidAdapter,
     InvalidInput,
-    PeerRefused,
     UnknownDomain,
     UploadTooLarge,
 )
@@ -31,11 +24,7 @@ from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog
 from deployments import domains_grpc as wire
 from deployments.domains import Domains
-from deployments.gateway import Gateway
-from deployments.openai_api import build_api
 from deployments.protos import zephyra_pb2 as pb
-from deployments.publisher import Publisher
-from deployments.remote_domains import RemoteDomains
 from tests.nano import DOMAINS
 from tests.serving.handed_in import (
     FORM_FILES,
@@ -46,62 +35,10 @@ from tests.serving.handed_in import (
     stream_of,
 )
 from tests.serving.http_client import error_of
-from tests.serving.local import GoneHandle, LocalHandle
+from tests.serving.publishing import UPLOAD_BYTES, System, make, stream
 from tests.serving.test_grpc import Context
 
 pytestmark = pytest.mark.anyio
-
-UPLOAD_BYTES = 2**20
-
-
-@dataclass
-class System:
-    """A publisher over a root of its own, and what stands before it."""
-
-    root: Path
-    temp: Path
-    publisher: Publisher
-    domains: RemoteDomains
-    gateway: Gateway
-
-    def client(self, peer: str = "127.0.0.1", base_url: str = "http://127.0.0.1") -> httpx.AsyncClient:
-        api = build_api(self.gateway, self.domains)
-        transport = httpx.ASGITransport(api, raise_app_exceptions=False, client=(peer, 5000))
-        return httpx.AsyncClient(transport=transport, base_url=base_url)
-
-    def files(self) -> dict[str, bytes]:
-        """All that is in the root, and what is left of uploads."""
-        return {str(f): f.read_bytes() for top in (self.root, self.temp) for f in top.rglob("*") if f.is_file()}
-
-
-def make(root: Path, temp: Path, **settings: Any) -> System:
-    given = AppSettings(root=str(root), **{"upload_bytes": UPLOAD_BYTES, **settings})
-    publisher = Publisher(given)
-    domains = RemoteDomains(LocalHandle(publisher), given)
-    return System(root, temp, publisher, domains, Gateway(GoneHandle(), GoneHandle(), root))
-
-
-@pytest.fixture
-def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "temp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
-    return tmp_path / "temp"
-
-
-@pytest.fixture
-def own_root(template: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(template / "root", tmp_path / "root")
-
-
-@pytest.fixture
-async def system(own_root: Path, temp: Path) -> System:
-    return make(own_root, temp)
-
-
-@pytest.fixture
-async def client(system: System) -> AsyncIterator[httpx.AsyncClient]:
-    async with system.client() as client:
-        yield client
 
 
 def versions_file(file: Path) -> bytes:
@@ -122,11 +59,11 @@ def version_of(root: Path, domain: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("examples", ["text", "file", "json lines", "grpc", "folder"])
 async def test_what_is_stored_is_what_the_command_stores(
-    template: Path, own_root: Path, temp: Path, adapter: Path, tmp_path: Path, examples: str
+    template: Path, taught_root: Path, temp: Path, adapter: Path, tmp_path: Path, examples: str
 ) -> None:
     by_hand = shutil.copytree(template / "root", tmp_path / "by-hand")
     Domains(Store(by_hand)).add("tax", adapter, TAX)
-    system = make(own_root, temp, adapter_folder=str(adapter.parent))
+    system = make(taught_root, temp, adapter_folder=str(adapter.parent))
     async with system.client() as client:
         if examples == "grpc":
             answer = await wire.add_domain(system.domains, stream_of("tax", adapter, TAX), Context())
@@ -143,64 +80,64 @@ async def test_what_is_stored_is_what_the_command_stores(
             assert response.status_code == 201, response.text
             change = response.json()
         assert change["version"] == 1
-        assert change["generation"] == Catalog(own_root).latest()
-        assert version_of(own_root, "tax") == version_of(by_hand, "tax")
-        assert Catalog(own_root).load() == Catalog(by_hand).load()
+        assert change["generation"] == Catalog(taught_root).latest()
+        assert version_of(taught_root, "tax") == version_of(by_hand, "tax")
+        assert Catalog(taught_root).load() == Catalog(by_hand).load()
         assert not [file for file in temp.rglob("*") if file.is_file()]
 
 
 async def test_a_domain_is_listed_shown_rolled_back_and_removed(
-    system: System, client: httpx.AsyncClient, adapter: Path
+    publishing: System, domains_client: httpx.AsyncClient, adapter: Path
 ) -> None:
     for version in (1, 2):
-        added = await client.post("/v1/domains", files=form_of(adapter), data={"name": "tax"})
+        added = await domains_client.post("/v1/domains", files=form_of(adapter), data={"name": "tax"})
         assert added.json()["version"] == version
-    whole = (await client.get("/v1/domains", params={"limit": 1000})).json()
+    whole = (await domains_client.get("/v1/domains", params={"limit": 1000})).json()
     assert [domain["name"] for domain in whole["data"]] == sorted([*DOMAINS, "tax"])
-    assert (whole["has_more"], whole["generation"]) == (False, Catalog(system.root).latest())
+    assert (whole["has_more"], whole["generation"]) == (False, Catalog(publishing.root).latest())
     pages, after, more = [], "", True
     while more:
-        page = (await client.get("/v1/domains", params={"limit": 3, "after": after})).json()
-        over_grpc = await wire.list_domains(system.domains, pb.ListDomainsRequest(limit=3, after=after), Context())
+        page = (await domains_client.get("/v1/domains", params={"limit": 3, "after": after})).json()
+        over_grpc = await wire.list_domains(publishing.domains, pb.ListDomainsRequest(limit=3, after=after), Context())
         assert [domain.name for domain in over_grpc.domains] == [domain["name"] for domain in page["data"]]
         pages += page["data"]
         after, more = pages[-1]["name"], page["has_more"]
     assert pages == whole["data"]
-    shown = (await client.get("/v1/domains/tax")).json()
+    shown = (await domains_client.get("/v1/domains/tax")).json()
     assert shown == {**shown, "version": 2, "versions": [1, 2], "rank": 4, "prototypes": 0}
     assert sum(shown["files"].values()) == shown["bytes"]
-    rolled = await client.post("/v1/domains/tax/rollback", json={"version": 1})
+    rolled = await domains_client.post("/v1/domains/tax/rollback", json={"version": 1})
     assert (rolled.status_code, rolled.json()["version"]) == (200, 1)
-    history = await wire.get_domain(system.domains, pb.GetDomainRequest(name="tax"), Context())
+    history = await wire.get_domain(publishing.domains, pb.GetDomainRequest(name="tax"), Context())
     assert (history.domain.version, list(history.versions), dict(history.files)) == (1, [1, 2], shown["files"])
-    gone = await client.delete("/v1/domains/tax")
+    gone = await domains_client.delete("/v1/domains/tax")
     assert gone.json() == {
         "object": "domain.change",
         "name": "tax",
         "version": None,
         "generation": history.generation + 1,
     }
-    missing = await client.get("/v1/domains/tax")
+    missing = await domains_client.get("/v1/domains/tax")
     assert (missing.status_code, error_of(missing)["code"]) == (404, "unknown_domain")
-    back = await wire.rollback_domain(system.domains, pb.RollbackDomainRequest(name="tax", version=2), Context())
+    back = await wire.rollback_domain(publishing.domains, pb.RollbackDomainRequest(name="tax", version=2), Context())
     assert (back.name, back.version) == ("tax", 2)
-    removed = await wire.remove_domain(system.domains, pb.RemoveDomainRequest(name="tax"), Context())
+    removed = await wire.remove_domain(publishing.domains, pb.RemoveDomainRequest(name="tax"), Context())
     assert not removed.HasField("version")
     with pytest.raises(UnknownDomain):
-        await wire.get_domain(system.domains, pb.GetDomainRequest(name="tax"), Context())
+        await wire.get_domain(publishing.domains, pb.GetDomainRequest(name="tax"), Context())
 
 
 async def test_a_stale_generation_conflicts_and_nothing_is_left(
-    system: System, client: httpx.AsyncClient, adapter: Path
+    publishing: System, domains_client: httpx.AsyncClient, adapter: Path
 ) -> None:
-    before, now = system.files(), Catalog(system.root).latest()
+    before, now = publishing.files(), Catalog(publishing.root).latest()
     stale = {"expected-generation": str(now - 1)}
     form = {"files": form_of(adapter), "data": {"name": "tax"}}
     tries = [
-        client.post("/v1/domains", **form, headers=stale),
-        client.post("/v1/domains", **{**form, "data": {"name": "tax", "expected_generation": str(now - 1)}}),
-        client.delete("/v1/domains/law", headers=stale),
-        client.post("/v1/domains/law/rollback", json={"version": 1, "expected_generation": now - 1}),
+        domains_client.post("/v1/domains", **form, headers=stale),
+        domains_client.post("/v1/domains", **{**form, "data": {"name": "tax", "expected_generation": str(now - 1)}}),
+        domains_client.delete("/v1/domains/law", headers=stale),
+        domains_client.post("/v1/domains/law/rollback", json={"version": 1, "expected_generation": now - 1}),
     ]
     for one in tries:
         response = await one
@@ -208,13 +145,15 @@ async def test_a_stale_generation_conflicts_and_nothing_is_left(
         assert f"at generation {now}, not {now - 1}" in error_of(response)["message"]
     context = Context()
     with pytest.raises(CatalogConflict):
-        await wire.add_domain(system.domains, stream_of("tax", adapter, expected_generation=now - 1), context)
+        await wire.add_domain(publishing.domains, stream_of("tax", adapter, expected_generation=now - 1), context)
     assert context.code is grpc.StatusCode.ABORTED
-    assert system.files() == before
-    contradiction = await client.post("/v1/domains/law/rollback", json={"expected_generation": now}, headers=stale)
+    assert publishing.files() == before
+    contradiction = await domains_client.post(
+        "/v1/domains/law/rollback", json={"expected_generation": now}, headers=stale
+    )
     assert (contradiction.status_code, error_of(contradiction)["code"]) == (400, "invalid_input")
     current = {"expected-generation": str(now)}
-    assert (await client.post("/v1/domains", **form, headers=current)).status_code == 201
+    assert (await domains_client.post("/v1/domains", **form, headers=current)).status_code == 201
 
 
 REFUSALS = {
@@ -230,23 +169,23 @@ REFUSALS = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 async def test_a_bad_adapter_is_refused_over_both_wires_and_nothing_is_left(
-    system: System, client: httpx.AsyncClient, adapter: Path, case: str
+    publishing: System, domains_client: httpx.AsyncClient, adapter: Path, case: str
 ) -> None:
     status, error = REFUSALS[case]
-    before = system.files()
+    before = publishing.files()
     if case in REFUSED:
         REFUSED[case][0](adapter)
     else:
         (adapter / FORM_FILES["adapter_model"]).write_bytes(pickle.dumps({"weights": [0.0] * 100}))
-    response = await client.post("/v1/domains", files=form_of(adapter), data={"name": "tax"})
+    response = await domains_client.post("/v1/domains", files=form_of(adapter), data={"name": "tax"})
     assert response.status_code == status, response.text
     assert error_of(response)["type"] == "invalid_request_error"
     assert "/" not in error_of(response)["message"], "no path of this machine"
     context = Context()
     with pytest.raises(error):
-        await wire.add_domain(system.domains, stream_of("tax", adapter), context)
+        await wire.add_domain(publishing.domains, stream_of("tax", adapter), context)
     assert context.details == error_of(response)["message"]
-    assert system.files() == before
+    assert publishing.files() == before
 
 
 @pytest.mark.parametrize(
@@ -274,19 +213,19 @@ async def test_a_bad_adapter_is_refused_over_both_wires_and_nothing_is_left(
     ids=str,
 )
 async def test_a_bad_form_is_refused_and_nothing_is_left(
-    system: System, client: httpx.AsyncClient, adapter: Path, change: dict[str, Any], status: int, said: str
+    publishing: System, domains_client: httpx.AsyncClient, adapter: Path, change: dict[str, Any], status: int, said: str
 ) -> None:
-    before = system.files()
-    response = await client.post("/v1/domains", **{"files": form_of(adapter), **change})
+    before = publishing.files()
+    response = await domains_client.post("/v1/domains", **{"files": form_of(adapter), **change})
     assert response.status_code == status, response.text
     assert said in error_of(response)["message"]
-    assert system.files() == before
+    assert publishing.files() == before
 
 
 async def test_an_upload_without_end_is_stopped_at_its_limit_and_never_held_in_memory(
-    own_root: Path, temp: Path
+    taught_root: Path, temp: Path
 ) -> None:
-    system, sent_bytes = make(own_root, temp, upload_bytes=2**25), 0
+    system, sent_bytes = make(taught_root, temp, upload_bytes=2**25), 0
     before = system.files()
 
     async def endless() -> AsyncIterator[bytes]:
@@ -313,9 +252,9 @@ async def test_an_upload_without_end_is_stopped_at_its_limit_and_never_held_in_m
 
 
 async def test_grpc_pieces_beyond_the_limits_and_streams_that_break_off_are_refused(
-    system: System, adapter: Path
+    publishing: System, adapter: Path
 ) -> None:
-    before, whole = system.files(), list(messages("tax", adapter))
+    before, whole = publishing.files(), list(messages("tax", adapter))
     cases: list[tuple[list[pb.AddDomainRequest], type[Exception], grpc.StatusCode]] = [
         ([], InvalidInput, grpc.StatusCode.INVALID_ARGUMENT),
         (whole[1:], InvalidInput, grpc.StatusCode.INVALID_ARGUMENT),
@@ -332,109 +271,31 @@ async def test_grpc_pieces_beyond_the_limits_and_streams_that_break_off_are_refu
             grpc.StatusCode.RESOURCE_EXHAUSTED,
         ),
     ]
-    for messages, error, code in cases:
+    for sent, error, code in cases:
         context = Context()
         with pytest.raises(error):
-            await wire.add_domain(system.domains, stream(messages), context)
+            await wire.add_domain(publishing.domains, stream(sent), context)
         assert context.code is code
     cancelled = stream(whole)
     cancelled.cancel()
     with pytest.raises(InvalidInput, match="before it was complete"):
-        await wire.add_domain(system.domains, cancelled, Context())
-    assert system.files() == before
+        await wire.add_domain(publishing.domains, cancelled, Context())
+    assert publishing.files() == before
 
 
-def stream(messages: list[pb.AddDomainRequest]) -> Any:
-    async def sent() -> AsyncIterator[pb.AddDomainRequest]:
-        for message in messages:
-            yield message
-
-    return gRPCInputStream(sent())
-
-
-async def test_only_folders_below_the_allowed_one_are_read(
-    own_root: Path, temp: Path, adapter: Path, tmp_path: Path
-) -> None:
-    allowed = tmp_path / "allowed"
-    shutil.copytree(adapter, allowed / "tax")
-    (allowed / "link").symlink_to(adapter)
-    closed, system = make(own_root, temp), make(own_root, temp, adapter_folder=str(allowed))
-    before = system.files()
-    async with closed.client() as client:
-        refused = await client.post("/v1/domains", json={"name": "tax", "adapter_uri": str(allowed / "tax")})
-        assert (refused.status_code, "No folder is open" in error_of(refused)["message"]) == (400, True)
-    async with system.client() as client:
-        said = set()
-        for uri in (str(adapter), "../peft", f"{allowed}/../peft", "link", f"file://{adapter}", "nowhere", "/", "a\0b"):
-            refused = await client.post("/v1/load_lora_adapter", json={"lora_name": "tax", "lora_path": uri})
-            assert refused.status_code == 400
-            said.add(error_of(refused)["message"].replace(repr(uri), ""))
-        assert len(said) == 1, "what is there and what is not look the same"
-        assert system.files() == before
-        for uri in (str(allowed / "tax"), f"file://{allowed}/tax", "tax"):
-            loaded = await client.post("/v1/load_lora_adapter", json={"lora_name": "tax", "lora_path": uri})
-            assert (loaded.status_code, "Success" in loaded.text) == (200, True), loaded.text
-        request = pb.AddDomainRequest(domain=pb.NewDomain(name="tax", adapter_uri="tax", examples=TAX))
-        assert (await wire.add_domain(system.domains, stream([request]), Context())).version == 4
-        unloaded = await client.post("/v1/unload_lora_adapter", json={"lora_name": "tax"})
-        assert (unloaded.status_code, "Success" in unloaded.text) == (200, True)
-        again = await client.post("/v1/unload_lora_adapter", json={"lora_name": "tax"})
-        assert (again.status_code, error_of(again)["code"]) == (404, "unknown_domain")
-
-
-@pytest.mark.parametrize(
-    ("where", "headers"),
-    [
-        ({"peer": "10.0.0.7"}, {}),
-        ({"base_url": "http://evil.example"}, {}),
-        ({}, {"origin": "https://evil.example"}),
-        ({}, {"origin": "null"}),
-    ],
-)
-async def test_others_than_this_machine_may_look_and_not_change(
-    system: System, adapter: Path, where: dict[str, str], headers: dict[str, str]
-) -> None:
-    before = system.files()
-    async with system.client(**where) as client:
-        assert (await client.get("/v1/domains", headers=headers)).status_code == 200
-        for method, path, sent in (
-            ("POST", "/v1/domains", {"files": form_of(adapter), "data": {"name": "tax"}}),
-            ("DELETE", "/v1/domains/law", {}),
-            ("POST", "/v1/domains/law/rollback", {"json": {}}),
-            ("POST", "/v1/load_lora_adapter", {"json": {"lora_name": "a", "lora_path": "b"}}),
-            ("POST", "/v1/unload_lora_adapter", {"json": {"lora_name": "law"}}),
-        ):
-            response = await client.request(method, path, headers=headers, **sent)
-            assert (response.status_code, error_of(response)["code"]) == (403, "peer_refused")
-    assert system.files() == before
-
-
-async def test_changes_may_be_turned_off(own_root: Path, temp: Path, adapter: Path) -> None:
-    system = make(own_root, temp, domain_changes=False)
-    before, context = system.files(), Context()
-    async with system.client() as client:
-        response = await client.delete("/v1/domains/law")
-        assert (response.status_code, "zephyra domains" in error_of(response)["message"]) == (403, True)
-    with pytest.raises(PeerRefused):
-        await wire.add_domain(system.domains, stream_of("tax", adapter), context)
-    assert context.code is grpc.StatusCode.PERMISSION_DENIED
-    with pytest.raises(PeerRefused):
-        await wire.remove_domain(
-            make(own_root, temp).domains, pb.RemoveDomainRequest(name="law"), Context("ipv4:10.0.0.7:1")
-        )
-    assert system.files() == before
-
-
-async def test_bad_queries_are_answered_in_openais_shape(client: httpx.AsyncClient) -> None:
+async def test_bad_queries_are_answered_in_openais_shape(domains_client: httpx.AsyncClient) -> None:
     for path, said in (("/v1/domains?limit=0", "limit"), ("/v1/domains?limit=x", "limit")):
-        response = await client.get(path)
+        response = await domains_client.get(path)
         assert (response.status_code, said in error_of(response)["message"]) == (400, True)
-    late = await client.post("/v1/domains/law/rollback", json={"version": 0})
+    late = await domains_client.post("/v1/domains/law/rollback", json={"version": 0})
     assert (late.status_code, error_of(late)["param"]) == (400, "version")
-    missing = await client.post("/v1/domains/law/rollback", json={"version": 9})
+    missing = await domains_client.post("/v1/domains/law/rollback", json={"version": 9})
     assert (missing.status_code, error_of(missing)["code"]) == (404, "unknown_domain")
 
 
-def test_the_gateway_does_not_import_torch() -> None:
-    code = "import sys, deployments.ingress; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+async def test_the_paths_and_both_forms_of_adding_are_described(domains_client: httpx.AsyncClient) -> None:
+    paths = (await domains_client.get("/openapi.json")).json()["paths"]
+    assert {method for path in paths if "domains" in path for method in paths[path]} == {"get", "post", "delete"}
+    content = paths["/v1/domains"]["post"]["requestBody"]["content"]
+    assert set(content["application/json"]["schema"]["properties"]) >= {"name", "adapter_uri", "examples"}
+    assert set(content["multipart/form-data"]["schema"]["properties"]) >= {"name", "adapter_model", "examples"}
