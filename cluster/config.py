@@ -239,6 +239,12 @@ class AppSettings(_Settings):
     """A process that is replaced or stopped may take so long to end the answers it has begun."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of a base replica's products; 0 for all cores but one, which the other processes need."""
+    domain_changes: bool = True
+    """Callers on this machine may add, withdraw and roll back domains over HTTP and gRPC; others never may."""
+    upload_bytes: int = Field(default=2**28, ge=1)
+    """Of one adapter that is uploaded, all its files and examples together."""
+    adapter_folder: str | None = None
+    """Callers may name a folder below this one instead of uploading an adapter; by default none may."""
     engine: EngineSettings = EngineSettings()
 
     def resolved_root(self) -> Root:

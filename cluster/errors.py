@@ -3,20 +3,23 @@
     ZephyraError
     ├── InvalidInput            a value that cannot be: the message names it, what was expected, and what to do
     │   ├── InvalidMixture      weights that are NaN, negative, all zero, or too many
-    │   └── PromptTooLong       prompt and max_tokens together exceed the model's context
+    │   ├── PromptTooLong       prompt and max_tokens together exceed the model's context
+    │   └── UploadTooLarge      an adapter whose files exceed what may be uploaded
     ├── UnknownModel            a model name that is none of base, zephyra, zephyra:<domain>
     ├── UnknownDomain           a domain or a version of one that the catalog does not hold
     ├── IncompatibleAdapter     an adapter of another base, of wrong shapes, or of a kind that cannot be mixed exactly
     ├── CorruptArtifact         a file that is damaged, unsafe, or not what its name says
+    │   └── InvalidAdapter      the same of an adapter that somebody hands in: theirs to mend, not ours
     ├── CatalogConflict         somebody else published first
     ├── InvalidData             training data that lacks a column, is empty, or holds a value that cannot be
     ├── StageOrder              a training stage started before the one it needs
     ├── NotTrained              serving was asked for a root that holds no base
     ├── PortTaken               another process listens where we were to
-    ├── PeerRefused             a caller from another machine where only this one is served
+    ├── PeerRefused             a caller from another machine, or what was turned off for all
     ├── Overloaded              the queue is full: try again later
     ├── DeadlineExceeded        the time that the request gave itself is over
     ├── RouterUnavailable       the router does not answer
+    ├── PublisherUnavailable    the publisher, which adds and withdraws domains, does not answer
     ├── AdapterUnavailable      the shard that holds an adapter does not answer
     ├── StorageUnavailable      the bucket that holds the root does not answer
     └── ReplicaLost             the base replica died and its answer could not be resumed
@@ -45,6 +48,10 @@ class PromptTooLong(InvalidInput):
     """Prompt and max_tokens together exceed the model's context."""
 
 
+class UploadTooLarge(InvalidInput):
+    """An adapter whose files exceed what may be uploaded."""
+
+
 class UnknownModel(ZephyraError):
     """A model name that is none of base, zephyra, zephyra:<domain>."""
 
@@ -59,6 +66,10 @@ class IncompatibleAdapter(ZephyraError):
 
 class CorruptArtifact(ZephyraError):
     """A file that is damaged, unsafe, or not what its name says."""
+
+
+class InvalidAdapter(CorruptArtifact):
+    """An adapter that somebody hands in, damaged, unsafe, or not what its name says: theirs to mend, not ours."""
 
 
 class CatalogConflict(ZephyraError):
@@ -82,7 +93,7 @@ class PortTaken(ZephyraError):
 
 
 class PeerRefused(ZephyraError):
-    """A caller from another machine where only this one is served."""
+    """A caller from another machine where only this one is served, or a change nobody may make."""
 
 
 class Overloaded(ZephyraError):
@@ -95,6 +106,10 @@ class DeadlineExceeded(ZephyraError):
 
 class RouterUnavailable(ZephyraError):
     """The router does not answer."""
+
+
+class PublisherUnavailable(ZephyraError):
+    """The publisher, which adds and withdraws domains, does not answer."""
 
 
 class AdapterUnavailable(ZephyraError):

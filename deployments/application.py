@@ -17,6 +17,7 @@ from deployments.base_folder import base_folder
 from deployments.base_replica import BaseReplica
 from deployments.coordinator import Coordinator
 from deployments.ingress import Ingress
+from deployments.publisher import Publisher
 from deployments.router import Router
 
 APPLICATION_NAME = "zephyra"
@@ -53,8 +54,9 @@ def bind(settings: AppSettings) -> Application:
             {} if settings.affinity_slack is None else {"request_router_config": router_config(settings.affinity_slack)}
         ),
     ).bind(coordinator, settings)
+    publisher = _deployment(Publisher, "Publisher", num_cpus=0.1, max_ongoing_requests=64).bind(settings)
     gateway = _deployment(serve.ingress()(Ingress), "Gateway", num_cpus=0.1, drain_s=settings.drain_s)
-    return gateway.bind(router, replica, root)
+    return gateway.bind(router, replica, publisher, settings)
 
 
 def check_packages(imported: ModuleType = cluster) -> None:
@@ -70,7 +72,12 @@ def _shard_cpus(num_shards: int) -> float:
 
 
 def _deployment(
-    cls: type, name: str, num_cpus: float, num_gpus: int = 0, drain_s: float = 5.0, **options: Any
+    cls: type,
+    name: str,
+    num_cpus: float,
+    num_gpus: int = 0,
+    drain_s: float = 5.0,
+    **options: Any,
 ) -> Deployment:
     """`cls` as a deployment. The engine and the queues in front of it limit what runs, so Serve admits plenty;
     a dead replica is noticed within a second instead of Serve's ten.
@@ -78,7 +85,6 @@ def _deployment(
     decorate = serve.deployment(
         name=name,
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        max_ongoing_requests=1024,
         health_check_period_s=1,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.2,
@@ -87,7 +93,7 @@ def _deployment(
         max_surge_percent=0 if num_gpus else 100,
         # One line per request, not one per hop.
         logging_config=LoggingConfig(enable_access_log=name == "Gateway"),
-        **options,
+        **{"max_ongoing_requests": 1024, **options},
     )
     deployment: Deployment = decorate(cls)
     return deployment

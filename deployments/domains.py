@@ -9,14 +9,21 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cluster.errors import IncompatibleAdapter, InvalidInput, StageOrder, UnknownDomain, ZephyraError
+from cluster.errors import (
+    CorruptArtifact,
+    IncompatibleAdapter,
+    InvalidAdapter,
+    InvalidInput,
+    StageOrder,
+    UnknownDomain,
+    ZephyraError,
+)
 from cluster.lora.artifacts import Store
-from cluster.lora.catalog import Catalog, CatalogState, Change
+from cluster.lora.catalog import Catalog, CatalogState, Change, check_generation
 from cluster.lora.foreign import MAX_CONFIG_BYTES, read_handed_in, write_handed_in
 from cluster.lora.packed_adapter import PackedAdapter
 from cluster.lora.peft_format import unpack
@@ -33,38 +40,9 @@ from cluster.router.domain_prototypes import (
     prototypes_from_examples,
 )
 from cluster.training.artifacts import publish_for_base, trained_router
+from deployments.domain_info import DomainChange, DomainHistory, DomainInfo, DomainPage
 
 _READERS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class DomainInfo:
-    """One domain as it is served."""
-
-    name: str
-    version: int
-    rank: int | None
-    """None when the version cannot be read."""
-    num_bytes: int
-    """Of all the files of the version."""
-    num_prototypes: int
-    """0 for a domain that the router never picks: it answers by its name alone."""
-    is_data_free: bool
-    tags: tuple[str, ...]
-    """As `stable=3`."""
-    aliases: tuple[str, ...]
-    problem: str | None = None
-    """Why it cannot be served or routed."""
-
-
-@dataclass(frozen=True, slots=True)
-class DomainHistory:
-    """One domain and all that was ever written of it."""
-
-    current: DomainInfo
-    versions: tuple[int, ...]
-    files: tuple[str, ...]
-    """Of the current version, each with its bytes."""
 
 
 class Domains:
@@ -80,13 +58,19 @@ class Domains:
         state = self._catalog.load()
         return self._infos(state, sorted(state.adapters))
 
+    def page(self, limit: int, after: str = "") -> DomainPage:
+        """At most `limit` of the current domains, those whose names come after `after`."""
+        state = self._catalog.load()
+        names = [name for name in sorted(state.adapters) if name > after]
+        return DomainPage(tuple(self._infos(state, names[:limit])), state.generation, len(names) > limit)
+
     def show(self, name: str) -> DomainHistory:
         """One domain, or the one that an alias names. Raises `UnknownDomain`."""
         state = self._catalog.load()
         ref = state.ref(name)
         (info,) = self._infos(state, [ref.domain])
-        files = tuple(f"{file} ({entry.num_bytes:,} bytes)" for file, entry in self._store.adapter_files(ref).items())
-        return DomainHistory(info, tuple(self._store.adapter_versions(ref.domain)), files)
+        files = {file: entry.num_bytes for file, entry in self._store.adapter_files(ref).items()}
+        return DomainHistory(info, tuple(self._store.adapter_versions(ref.domain)), files, state.generation)
 
     def add(
         self,
@@ -95,7 +79,7 @@ class Domains:
         examples: Sequence[str] = (),
         is_data_free: bool = False,
         expected_generation: int | None = None,
-    ) -> AdapterRef:
+    ) -> DomainChange:
         """Publish the adapter in `adapter`, a folder that PEFT saved, as the next version of `name`.
 
         The router learns the domain from `examples`; without any, from words of the adapter if `is_data_free`, else not
@@ -107,26 +91,26 @@ class Domains:
                 f"There are {len(examples)} examples of {name!r}, so it is not data-free; give one of both."
             )
         state = self._catalog.load()
+        check_generation(state, expected_generation)
         Change(adapters={name: 1}).check(state)
         base = self._base_folder(state)
-        packed = read_handed_in(adapter, fingerprint(base))
-        weights = unpack(packed, torch.float32)
-        weights.check_fits(adaptable_layers(skeleton(base)), packed.base_fingerprint)
+        packed, weights = _read(adapter, base)
         if is_data_free:
             examples = _words(base, weights)
         prototypes = self._prototypes(state, name, examples, is_data_free) if examples else None
         change = self._write(name, packed, examples, prototypes)
-        self._publish(change, state, expected_generation)
-        return AdapterRef(name, change.adapters[name])
+        generation = self._publish(change, state, expected_generation)
+        return DomainChange(name, change.adapters[name], generation)
 
-    def remove(self, name: str, expected_generation: int | None = None) -> CatalogState:
+    def remove(self, name: str, expected_generation: int | None = None) -> DomainChange:
         """Withdraw a domain: no new request gets it, those in flight end with it, and its files stay.
 
         Raises `UnknownDomain`.
         """
-        return self._catalog.publish(Change(withdrawn=(name,)), expected_generation)
+        after = self._catalog.publish(Change(withdrawn=(name,)), expected_generation)
+        return DomainChange(name, None, after.generation)
 
-    def rollback(self, name: str, version: int | None = None, expected_generation: int | None = None) -> AdapterRef:
+    def rollback(self, name: str, version: int | None = None, expected_generation: int | None = None) -> DomainChange:
         """Make an earlier version current again, by default the newest before the current one.
 
         With its version given, a domain that was withdrawn comes back. Raises `UnknownDomain` when there is no such
@@ -143,8 +127,8 @@ class Domains:
         if ours["base_fingerprint"] != (served := fingerprint(self._base_folder(state))):
             raise IncompatibleAdapter(f"{ref} was trained on base {ours['base_fingerprint']}, this is base {served}.")
         prototypes = {ref.domain: files[PROTOTYPES_FILE].sha256} if PROTOTYPES_FILE in files else {}
-        self._publish(Change(adapters={ref.domain: ref.version}, prototypes=prototypes), state, expected_generation)
-        return ref
+        change = Change(adapters={ref.domain: ref.version}, prototypes=prototypes)
+        return DomainChange(ref.domain, ref.version, self._publish(change, state, expected_generation))
 
     def set_alias(self, alias: str, domain: str | None) -> CatalogState:
         """Let `alias` name a domain too, or nothing any more. Raises `InvalidInput` or `UnknownDomain`."""
@@ -179,11 +163,11 @@ class Domains:
         named = {} if rows is None else {name: hashlib.sha256(rows).hexdigest()}
         return Change(adapters={name: version}, prototypes=named)
 
-    def _publish(self, change: Change, state: CatalogState, expected_generation: int | None) -> None:
+    def _publish(self, change: Change, state: CatalogState, expected_generation: int | None) -> int:
+        """The generation that holds the change."""
         if expected_generation is None:
-            publish_for_base(self._catalog, change, state.base)
-        else:
-            self._catalog.publish(change, expected_generation)
+            return publish_for_base(self._catalog, change, state.base).generation
+        return self._catalog.publish(change, expected_generation).generation
 
     def _prototypes(
         self, state: CatalogState, name: str, examples: Sequence[str], is_data_free: bool
@@ -207,7 +191,7 @@ class Domains:
 
         def info(name: str) -> DomainInfo:
             rank, num_bytes, problem = self._files(state.ref(name))
-            tags = tuple(f"{tag}={version}" for tag, version in sorted(state.tags.get(name, {}).items()))
+            tags = dict(sorted(state.tags.get(name, {}).items()))
             problem = self._assembly.problems.get(name, problem)
             return DomainInfo(
                 name,
@@ -235,6 +219,17 @@ class Domains:
             return int(json.loads(config)["r"]), num_bytes, None
         except (ZephyraError, ValueError, KeyError, TypeError) as error:
             return None, 0, str(error)
+
+
+def _read(adapter: Path, base_folder: Path) -> tuple[PackedAdapter, AdapterWeights]:
+    """The adapter that was handed in, checked against the base. Raises `InvalidAdapter` for damage: it is not ours."""
+    try:
+        packed = read_handed_in(adapter, fingerprint(base_folder))
+        weights = unpack(packed, torch.float32)
+    except CorruptArtifact as error:
+        raise InvalidAdapter(str(error)) from error
+    weights.check_fits(adaptable_layers(skeleton(base_folder)), packed.base_fingerprint)
+    return packed, weights
 
 
 def _words(base_folder: Path, weights: AdapterWeights) -> list[str]:

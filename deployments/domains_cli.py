@@ -56,7 +56,7 @@ def add(
     """Check an adapter, publish it, and teach the router its examples. A running system serves it within a second."""
     with errors_told():
         given = _examples(examples) if examples is not None else []
-        ref = _domains(root).add(name, adapter, given, data_free, expected_generation)
+        ref = _domains(root).add(name, adapter, given, data_free, expected_generation).ref
         known = f"routed by {len(given)} examples" if given else "routed by a guess" if data_free else "by name only"
         console.print(f"published {ref}: {known}", highlight=False)
 
@@ -65,8 +65,8 @@ def add(
 def remove(name: _Name, root: _Root = None, expected_generation: _Expected = None) -> None:
     """Withdraw a domain. Its files stay: `rollback NAME --to VERSION` brings it back."""
     with errors_told():
-        state = _domains(root).remove(name, expected_generation)
-        console.print(f"withdrew {name}, in generation {state.generation}", highlight=False)
+        change = _domains(root).remove(name, expected_generation)
+        console.print(f"withdrew {name}, in generation {change.generation}", highlight=False)
 
 
 @app.command()
@@ -78,7 +78,7 @@ def rollback(
 ) -> None:
     """Make an earlier version of a domain current again."""
     with errors_told():
-        console.print(f"current is {_domains(root).rollback(name, to, expected_generation)}", highlight=False)
+        console.print(f"current is {_domains(root).rollback(name, to, expected_generation).ref}", highlight=False)
 
 
 @app.command()

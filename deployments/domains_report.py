@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deployments.domains import DomainHistory, DomainInfo
+from deployments.domain_info import DomainHistory, DomainInfo
 
 
 def print_domains(infos: Sequence[DomainInfo], console: Console) -> None:
@@ -25,7 +25,7 @@ def print_domains(infos: Sequence[DomainInfo], console: Console) -> None:
             f"{info.num_bytes / 1e6:.1f} MB",
             str(info.num_prototypes) if info.num_prototypes else "by name only",
             "yes" if info.is_data_free else "",
-            " ".join(info.tags),
+            " ".join(f"{tag}={version}" for tag, version in info.tags.items()),
             " ".join(info.aliases),
         )
     console.print(table)
@@ -40,5 +40,5 @@ def print_history(history: DomainHistory, console: Console) -> None:
     print_domains([history.current], console)
     versions = ", ".join(str(version) for version in history.versions)
     console.print(f"versions written: {versions}", highlight=False)
-    for file in history.files:
-        console.print(f"  {escape(file)}", highlight=False)
+    for file, num_bytes in history.files.items():
+        console.print(f"  {escape(file)} ({num_bytes:,} bytes)", highlight=False)

@@ -58,7 +58,7 @@ async def generate(
     gateway: Gateway, request: pb.GenerateRequest, context: RayServegRPCContext
 ) -> AsyncGenerator[pb.GenerateChunk, None]:
     """The answer as it is made: routing on the first chunk, usage on the last."""
-    with _errors_to(context):
+    with errors_to(context):
         check_peer(context.peer())
         asked = client_request(request)
         answer = await gateway.answer(asked)
@@ -83,7 +83,7 @@ async def generate(
 
 async def complete(gateway: Gateway, request: pb.GenerateRequest, context: RayServegRPCContext) -> pb.Completion:
     """The whole answer."""
-    with _errors_to(context):
+    with errors_to(context):
         check_peer(context.peer())
         asked = client_request(request)
         answer = await gateway.answer(asked)
@@ -98,7 +98,7 @@ async def complete(gateway: Gateway, request: pb.GenerateRequest, context: RaySe
 
 async def route(gateway: Gateway, request: pb.RouteRequest, context: RayServegRPCContext) -> pb.Routing:
     """Which domains the router would answer with."""
-    with _errors_to(context):
+    with errors_to(context):
         check_peer(context.peer())
         return _routing(await gateway.route(_prompt(request)))
 
@@ -211,7 +211,7 @@ def _usage(last: TokenChunk, completion_tokens: int) -> pb.Usage:
 
 
 @contextmanager
-def _errors_to(context: RayServegRPCContext) -> Iterator[None]:
+def errors_to(context: RayServegRPCContext) -> Iterator[None]:
     """Put what goes wrong into the call's status. Without a code set, Serve would send the traceback."""
     try:
         yield

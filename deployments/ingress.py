@@ -4,19 +4,27 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from fastapi import FastAPI
-from ray.serve.grpc_util import RayServegRPCContext
+from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
-from deployments import grpc_api
+from cluster.config import AppSettings
+from deployments import calls, domains_grpc, grpc_api
 from deployments.gateway import Gateway
 from deployments.openai_api import build_api
 from deployments.protos import zephyra_pb2 as pb
+from deployments.remote_domains import RemoteDomains
 
 
 class Ingress(Gateway):
     """A Gateway with both its wires. Serve finds the methods, and `grpc_context`, by their names."""
 
+    def __init__(
+        self, router: calls.Handle, replica: calls.Handle, publisher: calls.Handle, settings: AppSettings
+    ) -> None:
+        super().__init__(router, replica, settings.resolved_root())
+        self._domains = RemoteDomains(publisher, settings)
+
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self)
+        return build_api(self, self._domains)
 
     async def Generate(  # noqa: N802 the proto's name
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
@@ -37,3 +45,33 @@ class Ingress(Gateway):
     ) -> pb.Routing:
         """zephyra.v1.Zephyra/Route"""
         return await grpc_api.route(self, request, grpc_context)
+
+    async def ListDomains(  # noqa: N802 the proto's name
+        self, request: pb.ListDomainsRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DomainPage:
+        """zephyra.v1.Zephyra/ListDomains"""
+        return await domains_grpc.list_domains(self._domains, request, grpc_context)
+
+    async def GetDomain(  # noqa: N802 the proto's name
+        self, request: pb.GetDomainRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DomainHistory:
+        """zephyra.v1.Zephyra/GetDomain"""
+        return await domains_grpc.get_domain(self._domains, request, grpc_context)
+
+    async def AddDomain(  # noqa: N802 the proto's name
+        self, requests: gRPCInputStream[pb.AddDomainRequest], grpc_context: RayServegRPCContext
+    ) -> pb.DomainChange:
+        """zephyra.v1.Zephyra/AddDomain"""
+        return await domains_grpc.add_domain(self._domains, requests, grpc_context)
+
+    async def RemoveDomain(  # noqa: N802 the proto's name
+        self, request: pb.RemoveDomainRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DomainChange:
+        """zephyra.v1.Zephyra/RemoveDomain"""
+        return await domains_grpc.remove_domain(self._domains, request, grpc_context)
+
+    async def RollbackDomain(  # noqa: N802 the proto's name
+        self, request: pb.RollbackDomainRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DomainChange:
+        """zephyra.v1.Zephyra/RollbackDomain"""
+        return await domains_grpc.rollback_domain(self._domains, request, grpc_context)

@@ -21,9 +21,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cluster.errors import Overloaded, ZephyraError
 from deployments.body_limit import BodyLimit
+from deployments.domains_http import domain_routes
+from deployments.domains_messages import AddBody, LoadBody, RollbackBody, UnloadBody
 from deployments.gateway import Answer, Gateway, Routing
 from deployments.openai_answers import Json, Reply
 from deployments.openai_messages import ChatBody, CompletionBody, RouteBody, sentence
+from deployments.remote_domains import RemoteDomains
 from deployments.status import code_of, message_of, status_of
 
 logger = logging.getLogger("ray.serve")
@@ -33,17 +36,22 @@ _BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
     "/v1/route": RouteBody,
+    "/v1/domains": AddBody,
+    "/v1/domains/{name}/rollback": RollbackBody,
+    "/v1/load_lora_adapter": LoadBody,
+    "/v1/unload_lora_adapter": UnloadBody,
 }
 
 
-def build_api(gateway: Gateway) -> FastAPI:
-    """The HTTP application in front of `gateway`."""
+def build_api(gateway: Gateway, domains: RemoteDomains) -> FastAPI:
+    """The HTTP application in front of `gateway`, and of `domains`."""
     api = FastAPI(title="Zephyra", description="One endpoint, many experts.")
-    api.add_middleware(BodyLimit)
+    api.add_middleware(BodyLimit, upload_bytes=domains.upload_bytes)
     api.add_exception_handler(RequestValidationError, _on_invalid_body)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(ZephyraError, _on_zephyra_error)
     api.add_exception_handler(Exception, _on_unexpected)
+    api.include_router(domain_routes(domains))
     started_s = int(time.time())
 
     @api.post("/v1/completions", response_model=None)
@@ -153,10 +161,11 @@ async def _on_zephyra_error(_request: Request, error: Exception) -> Response:
 async def _on_invalid_body(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
-    body = _BODIES[request.url.path]
-    path = [str(part) for part in problem["loc"] if part != "body"]
+    body = _BODIES.get(request.scope["route"].path)
+    path = [str(part) for part in problem["loc"][1:]]
     param = path[0] if path and problem["type"] != "json_invalid" else None
-    content = _error_json(sentence(problem, list(body.model_fields)), "invalid_request_error", "invalid_input", param)
+    fields = [] if body is None else list(body.model_fields)
+    content = _error_json(sentence(problem, fields), "invalid_request_error", "invalid_input", param)
     return JSONResponse(content, status_code=400)
 
 

@@ -186,8 +186,11 @@ def _present(**values: Any) -> Any:
 
 
 def sentence(problem: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """One of pydantic's complaints about a body, as a sentence for the client. `fields` are those the body may have."""
-    path = [str(part) for part in problem["loc"] if part != "body"]
+    """One of pydantic's complaints, as a sentence for the client. `fields` are those the body may have.
+
+    Where it is begins with body, query or header.
+    """
+    path = [str(part) for part in problem["loc"][1:]]
     where = ".".join(path)
     if problem["type"] == "json_invalid":
         return f"The body is not valid JSON: {problem['ctx']['error']}; send a JSON object."

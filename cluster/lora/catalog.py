@@ -17,7 +17,7 @@ from cluster.errors import CatalogConflict, CorruptArtifact
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog_state import CatalogState, Change
 
-__all__ = ["Catalog", "CatalogState", "CatalogWatcher", "Change"]
+__all__ = ["Catalog", "CatalogState", "CatalogWatcher", "Change", "check_generation"]
 
 _SNAPSHOT_EVERY = 32
 _ATTEMPTS = 100
@@ -71,11 +71,7 @@ class Catalog:
         """
         for _ in range(_ATTEMPTS):
             state = self.load()
-            if expected_generation is not None and state.generation != expected_generation:
-                raise CatalogConflict(
-                    f"The catalog is at generation {state.generation}, not {expected_generation}; "
-                    "look at what changed and publish again."
-                )
+            check_generation(state, expected_generation)
             change.check(state)
             after = change.apply(state)
             if self._create(after, change):
@@ -115,6 +111,14 @@ class Catalog:
             content["state"] = after.as_json()
         content["sha256"] = _sha256(content)
         return self._storage.create(_name(after.generation), json.dumps(content).encode())
+
+
+def check_generation(state: CatalogState, expected: int | None) -> None:
+    """Raise `CatalogConflict` if the catalog has moved on from the generation `expected`; None for any."""
+    if expected is not None and state.generation != expected:
+        raise CatalogConflict(
+            f"The catalog is at generation {state.generation}, not {expected}; look at what changed and publish again."
+        )
 
 
 def _name(number: int) -> str:

@@ -231,3 +231,137 @@ class Merged(_message.Message):
     bound: float
     kept_energy: float
     def __init__(self, method: _Optional[str] = ..., rank: _Optional[int] = ..., bound: _Optional[float] = ..., kept_energy: _Optional[float] = ...) -> None: ...
+
+class ListDomainsRequest(_message.Message):
+    __slots__ = ("limit", "after")
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    limit: int
+    after: str
+    def __init__(self, limit: _Optional[int] = ..., after: _Optional[str] = ...) -> None: ...
+
+class DomainPage(_message.Message):
+    __slots__ = ("domains", "generation", "has_more")
+    DOMAINS_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    HAS_MORE_FIELD_NUMBER: _ClassVar[int]
+    domains: _containers.RepeatedCompositeFieldContainer[Domain]
+    generation: int
+    has_more: bool
+    def __init__(self, domains: _Optional[_Iterable[_Union[Domain, _Mapping]]] = ..., generation: _Optional[int] = ..., has_more: _Optional[bool] = ...) -> None: ...
+
+class Domain(_message.Message):
+    __slots__ = ("name", "version", "rank", "num_bytes", "num_prototypes", "data_free", "tags", "aliases", "problem")
+    class TagsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROTOTYPES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FREE_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    rank: int
+    num_bytes: int
+    num_prototypes: int
+    data_free: bool
+    tags: _containers.ScalarMap[str, int]
+    aliases: _containers.RepeatedScalarFieldContainer[str]
+    problem: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., rank: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_prototypes: _Optional[int] = ..., data_free: _Optional[bool] = ..., tags: _Optional[_Mapping[str, int]] = ..., aliases: _Optional[_Iterable[str]] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class GetDomainRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class DomainHistory(_message.Message):
+    __slots__ = ("domain", "versions", "files", "generation")
+    class FilesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    domain: Domain
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    files: _containers.ScalarMap[str, int]
+    generation: int
+    def __init__(self, domain: _Optional[_Union[Domain, _Mapping]] = ..., versions: _Optional[_Iterable[int]] = ..., files: _Optional[_Mapping[str, int]] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class AddDomainRequest(_message.Message):
+    __slots__ = ("domain", "adapter_config", "adapter_model", "zephyra", "examples")
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_MODEL_FIELD_NUMBER: _ClassVar[int]
+    ZEPHYRA_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    domain: NewDomain
+    adapter_config: bytes
+    adapter_model: bytes
+    zephyra: bytes
+    examples: Examples
+    def __init__(self, domain: _Optional[_Union[NewDomain, _Mapping]] = ..., adapter_config: _Optional[bytes] = ..., adapter_model: _Optional[bytes] = ..., zephyra: _Optional[bytes] = ..., examples: _Optional[_Union[Examples, _Mapping]] = ...) -> None: ...
+
+class NewDomain(_message.Message):
+    __slots__ = ("name", "adapter_uri", "examples", "data_free", "expected_generation")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_URI_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FREE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    adapter_uri: str
+    examples: _containers.RepeatedScalarFieldContainer[str]
+    data_free: bool
+    expected_generation: int
+    def __init__(self, name: _Optional[str] = ..., adapter_uri: _Optional[str] = ..., examples: _Optional[_Iterable[str]] = ..., data_free: _Optional[bool] = ..., expected_generation: _Optional[int] = ...) -> None: ...
+
+class Examples(_message.Message):
+    __slots__ = ("prompts",)
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    prompts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, prompts: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RemoveDomainRequest(_message.Message):
+    __slots__ = ("name", "expected_generation")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    expected_generation: int
+    def __init__(self, name: _Optional[str] = ..., expected_generation: _Optional[int] = ...) -> None: ...
+
+class RollbackDomainRequest(_message.Message):
+    __slots__ = ("name", "version", "expected_generation")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    expected_generation: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., expected_generation: _Optional[int] = ...) -> None: ...
+
+class DomainChange(_message.Message):
+    __slots__ = ("name", "version", "generation")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    generation: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...

@@ -49,6 +49,31 @@ class ZephyraStub:
                 request_serializer=deployments_dot_protos_dot_zephyra__pb2.RouteRequest.SerializeToString,
                 response_deserializer=deployments_dot_protos_dot_zephyra__pb2.Routing.FromString,
                 _registered_method=True)
+        self.ListDomains = channel.unary_unary(
+                '/zephyra.v1.Zephyra/ListDomains',
+                request_serializer=deployments_dot_protos_dot_zephyra__pb2.ListDomainsRequest.SerializeToString,
+                response_deserializer=deployments_dot_protos_dot_zephyra__pb2.DomainPage.FromString,
+                _registered_method=True)
+        self.GetDomain = channel.unary_unary(
+                '/zephyra.v1.Zephyra/GetDomain',
+                request_serializer=deployments_dot_protos_dot_zephyra__pb2.GetDomainRequest.SerializeToString,
+                response_deserializer=deployments_dot_protos_dot_zephyra__pb2.DomainHistory.FromString,
+                _registered_method=True)
+        self.AddDomain = channel.stream_unary(
+                '/zephyra.v1.Zephyra/AddDomain',
+                request_serializer=deployments_dot_protos_dot_zephyra__pb2.AddDomainRequest.SerializeToString,
+                response_deserializer=deployments_dot_protos_dot_zephyra__pb2.DomainChange.FromString,
+                _registered_method=True)
+        self.RemoveDomain = channel.unary_unary(
+                '/zephyra.v1.Zephyra/RemoveDomain',
+                request_serializer=deployments_dot_protos_dot_zephyra__pb2.RemoveDomainRequest.SerializeToString,
+                response_deserializer=deployments_dot_protos_dot_zephyra__pb2.DomainChange.FromString,
+                _registered_method=True)
+        self.RollbackDomain = channel.unary_unary(
+                '/zephyra.v1.Zephyra/RollbackDomain',
+                request_serializer=deployments_dot_protos_dot_zephyra__pb2.RollbackDomainRequest.SerializeToString,
+                response_deserializer=deployments_dot_protos_dot_zephyra__pb2.DomainChange.FromString,
+                _registered_method=True)
 
 
 class ZephyraServicer:
@@ -75,6 +100,40 @@ class ZephyraServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDomains(self, request, context):
+        """Domains, by name, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetDomain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddDomain(self, request_iterator, context):
+        """Publish an adapter as a domain or as the next version of one: first the domain, then its files in pieces. Served
+        within a second of the answer. Changes are for callers on this machine; ABORTED: the catalog has moved on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveDomain(self, request, context):
+        """Withdraw a domain: no new request gets it. Its files stay, and RollbackDomain brings it back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackDomain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ZephyraServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +151,31 @@ def add_ZephyraServicer_to_server(servicer, server):
                     servicer.Route,
                     request_deserializer=deployments_dot_protos_dot_zephyra__pb2.RouteRequest.FromString,
                     response_serializer=deployments_dot_protos_dot_zephyra__pb2.Routing.SerializeToString,
+            ),
+            'ListDomains': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDomains,
+                    request_deserializer=deployments_dot_protos_dot_zephyra__pb2.ListDomainsRequest.FromString,
+                    response_serializer=deployments_dot_protos_dot_zephyra__pb2.DomainPage.SerializeToString,
+            ),
+            'GetDomain': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDomain,
+                    request_deserializer=deployments_dot_protos_dot_zephyra__pb2.GetDomainRequest.FromString,
+                    response_serializer=deployments_dot_protos_dot_zephyra__pb2.DomainHistory.SerializeToString,
+            ),
+            'AddDomain': grpc.stream_unary_rpc_method_handler(
+                    servicer.AddDomain,
+                    request_deserializer=deployments_dot_protos_dot_zephyra__pb2.AddDomainRequest.FromString,
+                    response_serializer=deployments_dot_protos_dot_zephyra__pb2.DomainChange.SerializeToString,
+            ),
+            'RemoveDomain': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveDomain,
+                    request_deserializer=deployments_dot_protos_dot_zephyra__pb2.RemoveDomainRequest.FromString,
+                    response_serializer=deployments_dot_protos_dot_zephyra__pb2.DomainChange.SerializeToString,
+            ),
+            'RollbackDomain': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackDomain,
+                    request_deserializer=deployments_dot_protos_dot_zephyra__pb2.RollbackDomainRequest.FromString,
+                    response_serializer=deployments_dot_protos_dot_zephyra__pb2.DomainChange.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +259,141 @@ class Zephyra:
             '/zephyra.v1.Zephyra/Route',
             deployments_dot_protos_dot_zephyra__pb2.RouteRequest.SerializeToString,
             deployments_dot_protos_dot_zephyra__pb2.Routing.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDomains(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zephyra.v1.Zephyra/ListDomains',
+            deployments_dot_protos_dot_zephyra__pb2.ListDomainsRequest.SerializeToString,
+            deployments_dot_protos_dot_zephyra__pb2.DomainPage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDomain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zephyra.v1.Zephyra/GetDomain',
+            deployments_dot_protos_dot_zephyra__pb2.GetDomainRequest.SerializeToString,
+            deployments_dot_protos_dot_zephyra__pb2.DomainHistory.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddDomain(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/zephyra.v1.Zephyra/AddDomain',
+            deployments_dot_protos_dot_zephyra__pb2.AddDomainRequest.SerializeToString,
+            deployments_dot_protos_dot_zephyra__pb2.DomainChange.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveDomain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zephyra.v1.Zephyra/RemoveDomain',
+            deployments_dot_protos_dot_zephyra__pb2.RemoveDomainRequest.SerializeToString,
+            deployments_dot_protos_dot_zephyra__pb2.DomainChange.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackDomain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zephyra.v1.Zephyra/RollbackDomain',
+            deployments_dot_protos_dot_zephyra__pb2.RollbackDomainRequest.SerializeToString,
+            deployments_dot_protos_dot_zephyra__pb2.DomainChange.FromString,
             options,
             channel_credentials,
             insecure,

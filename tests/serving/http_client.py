@@ -4,15 +4,20 @@ import json
 
 import httpx
 
+from cluster.config import AppSettings
 from deployments.gateway import Gateway
 from deployments.openai_api import build_api
+from deployments.remote_domains import RemoteDomains
+from tests.serving.local import GoneHandle
 
 HI = [{"role": "user", "content": "hi"}]
 """A chat's turns."""
 
 
 def client_of(gateway: Gateway) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(build_api(gateway), raise_app_exceptions=False)
+    """Of a gateway behind which no publisher is."""
+    domains = RemoteDomains(GoneHandle(), AppSettings())
+    transport = httpx.ASGITransport(build_api(gateway, domains), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://zephyra")
 
 

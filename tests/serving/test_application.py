@@ -27,7 +27,16 @@ def deployments_of(application):
 def test_one_deployment_each_and_one_per_shard():
     names = list(deployments_of(bind(AppSettings(shards=3))))
     assert sorted(names) == sorted(
-        ["Gateway", "Router", "BaseReplica", "Coordinator", "AdapterShard-0", "AdapterShard-1", "AdapterShard-2"]
+        [
+            "Gateway",
+            "Router",
+            "BaseReplica",
+            "Coordinator",
+            "Publisher",
+            "AdapterShard-0",
+            "AdapterShard-1",
+            "AdapterShard-2",
+        ]
     )
 
 

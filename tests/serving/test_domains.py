@@ -9,18 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from cluster.errors import (
     CatalogConflict,
-    CorruptArtifact,
     IncompatibleAdapter,
     InvalidInput,
     StageOrder,
     UnknownDomain,
-    ZephyraError,
 )
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, Change
@@ -30,37 +26,14 @@ from cluster.router.tiny_ada import TinyAda
 from deployments.cli import app
 from deployments.domains import Domains
 from deployments.router import Router
-from tests.nano import DOMAINS, build_root, nano_base, publish_adapter, publish_router
+from tests.nano import DOMAINS, nano_base, publish_adapter
+from tests.serving.handed_in import REFUSED, TAX
 from tests.serving.local import local_system
-
-TAX = ["How do I file my income tax return?", "When is the tax declaration due?", "Which tax bracket am I in?"]
-
-
-def peft_folder(root: Path, folder: Path, seed: int = 0, **config: Any) -> Path:
-    """An adapter for the root's base as PEFT saves it, with random B."""
-    torch.manual_seed(seed)
-    options = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "r": 4, "init_lora_weights": False, **config}
-    get_peft_model(nano_base(root).model, LoraConfig(**options)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with a router, and an adapter for it; made once, since it takes a training."""
-    folder = tmp_path_factory.mktemp("template")
-    publish_router(build_root(folder / "root"))
-    peft_folder(folder / "root", folder / "peft")
-    return folder
 
 
 @pytest.fixture
 def own_root(template: Path, tmp_path: Path) -> Path:
     return shutil.copytree(template / "root", tmp_path / "root")
-
-
-@pytest.fixture
-def adapter(template: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(template / "peft", tmp_path / "peft")
 
 
 @pytest.fixture
@@ -95,7 +68,7 @@ async def until(condition: Callable[[], bool], seconds: float = 1.0) -> None:
 
 
 def test_what_peft_saved_is_published_byte_for_byte_and_routed(own_root: Path, adapter: Path, domains: Domains) -> None:
-    ref = domains.add("tax", adapter, TAX)
+    ref = domains.add("tax", adapter, TAX).ref
     assert ref == AdapterRef("tax", 1)
     folder = Store(own_root).adapter_folder(ref)
     assert pack(folder).tensors.tobytes() == (adapter / "adapter_model.safetensors").read_bytes()
@@ -114,53 +87,6 @@ def test_without_examples_it_answers_by_name_and_data_free_it_is_marked(adapter:
     assert (found["silent"], found["guessed"]) == ((False, False), (True, True))
     with pytest.raises(InvalidInput, match="give one of both"):
         domains.add("tax", adapter, TAX, is_data_free=True)
-
-
-def _nan(folder: Path) -> None:
-    import safetensors.torch
-
-    file = folder / "adapter_model.safetensors"
-    factors = safetensors.torch.load_file(file)
-    next(iter(factors.values()))[0, 0] = torch.nan
-    safetensors.torch.save_file(factors, file)
-
-
-def _foreign_layer(folder: Path) -> None:
-    import safetensors.torch
-
-    file = folder / "adapter_model.safetensors"
-    factors = safetensors.torch.load_file(file)
-    safetensors.torch.save_file({name.replace("layers.0", "layers.9"): f for name, f in factors.items()}, file)
-
-
-def _option(name: str, value: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**config, name: value}))
-
-    return change
-
-
-REFUSED: dict[str, tuple[Callable[[Path], object], type[ZephyraError], str]] = {
-    "a pickle": (
-        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
-        InvalidInput,
-        "adapter_model.safetensors in",
-    ),
-    "NaN": (_nan, CorruptArtifact, "NaN or infinity"),
-    "a layer that is not there": (_foreign_layer, IncompatibleAdapter, "which this base does not have"),
-    "DoRA": (_option("use_dora", True), IncompatibleAdapter, "use_dora"),
-    "another base": (
-        lambda f: (f / "zephyra.json").write_text('{"base_fingerprint": "0000000000000000"}'),
-        IncompatibleAdapter,
-        "trained on base 0000000000000000",
-    ),
-    "half a file": (
-        lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x20\0\0\0\0\0\0\0{}"),
-        CorruptArtifact,
-        "header",
-    ),
-}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -200,9 +126,9 @@ def test_a_rollback_brings_back_the_version_with_its_prototypes(
     domains.add("tax", adapter, ["entirely other words", "nothing of the kind"])
     second = Catalog(own_root).load()
     assert first.prototypes["tax"] != second.prototypes["tax"]
-    assert domains.rollback("tax") == AdapterRef("tax", 1)
+    assert domains.rollback("tax").ref == AdapterRef("tax", 1)
     assert Catalog(own_root).load().prototypes == first.prototypes
-    assert domains.rollback("tax", 2) == AdapterRef("tax", 2)
+    assert domains.rollback("tax", 2).ref == AdapterRef("tax", 2)
     assert Catalog(own_root).load().prototypes == second.prototypes
     assert domains.show("tax").versions == (1, 2)
     domains.rollback("tax", 1)
@@ -213,7 +139,7 @@ def test_a_rollback_brings_back_the_version_with_its_prototypes(
     domains.remove("tax")
     with pytest.raises(UnknownDomain, match="was withdrawn"):
         domains.rollback("tax")
-    assert domains.rollback("tax", 2) == AdapterRef("tax", 2), "back from where it was withdrawn"
+    assert domains.rollback("tax", 2).ref == AdapterRef("tax", 2), "back from where it was withdrawn"
 
 
 def test_a_rollback_to_another_bases_version_is_refused(own_root: Path, domains: Domains) -> None:
@@ -235,7 +161,7 @@ async def test_a_running_system_follows_within_a_second(
     system, router = local_system(root, DOMAINS), Router(root)
     assert await tokens(system, "zephyra:law") == expected
     domains = Domains(Store(root))
-    ref = domains.add("tax", adapter, TAX)
+    ref = domains.add("tax", adapter, TAX).ref
     await until(lambda: "tax" in system.gateway.state.adapters)
     routed = await tokens(system, "zephyra:tax")
     assert routed != expected

@@ -4,15 +4,14 @@ import asyncio
 from contextlib import aclosing
 
 import grpc
-import httpx
 import pytest
 
 from cluster.errors import PeerRefused, ZephyraError
 from cluster.messages import ChatMessage, ClientRequest, Role, SamplingParams
 from deployments import grpc_api
-from deployments.openai_api import build_api
 from deployments.protos import zephyra_pb2 as pb
 from tests.serving.bad_input import BAD_REQUESTS, check_sentence
+from tests.serving.http_client import client_of
 
 pytestmark = pytest.mark.anyio
 
@@ -146,8 +145,7 @@ async def test_choices_and_logprobs_are_those_of_the_stream_and_of_http(system):
     assert [chunk.HasField("usage") for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert chunks[-1].usage == whole.usage
     body = {"prompt": "hi", "model": "base", "max_tokens": 10, "temperature": 1.5, "seed": 4, "logprobs": 2, "n": 3}
-    transport = httpx.ASGITransport(build_api(system.gateway))
-    async with httpx.AsyncClient(transport=transport, base_url="http://zephyra") as client:
+    async with client_of(system.gateway) as client:
         over_http = (await client.post("/v1/completions", json=body)).json()
     assert [choice["text"] for choice in over_http["choices"]] == [choice.text for choice in whole.choices]
     for ours, choice in zip(over_http["choices"], whole.choices, strict=True):
