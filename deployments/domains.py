@@ -33,12 +33,11 @@ from cluster.model.base import fingerprint, load_base, skeleton
 from cluster.router.assembly import RouterAssembly
 from cluster.router.data_free import as_examples, words_of_adapter
 from cluster.router.domain_prototypes import (
-    EXAMPLES_FILE,
     PROTOTYPES_FILE,
     DomainPrototypes,
-    examples_to_bytes,
     prototypes_from_examples,
 )
+from cluster.router.examples import EXAMPLES_FILE, Examples
 from cluster.training.artifacts import publish_for_base, trained_router
 from deployments.domain_info import DomainChange, DomainHistory, DomainInfo, DomainPage
 
@@ -76,19 +75,21 @@ class Domains:
         self,
         name: str,
         adapter: Path,
-        examples: Sequence[str] = (),
+        examples: Examples | Sequence[str] = (),
         is_data_free: bool = False,
         expected_generation: int | None = None,
     ) -> DomainChange:
         """Publish the adapter in `adapter`, a folder that PEFT saved, as the next version of `name`.
 
-        The router learns the domain from `examples`; without any, from words of the adapter if `is_data_free`, else not
-        at all. Raises the `ZephyraError` that says what is wrong with any of it, and then nothing has been published.
+        The router learns the domain from `examples`, and of their topics, if they have some; without any, from words of
+        the adapter if `is_data_free`, else not at all. Raises the `ZephyraError` that says what is wrong with any of
+        it, and then nothing has been published.
         """
         check_domain_name(name)
-        if examples and is_data_free:
+        given = Examples.of(examples)
+        if given and is_data_free:
             raise InvalidInput(
-                f"There are {len(examples)} examples of {name!r}, so it is not data-free; give one of both."
+                f"There are {len(given)} examples of {name!r}, so it is not data-free; give one of both."
             )
         state = self._catalog.load()
         check_generation(state, expected_generation)
@@ -96,9 +97,9 @@ class Domains:
         base = self._base_folder(state)
         packed, weights = _read(adapter, base)
         if is_data_free:
-            examples = _words(base, weights)
-        prototypes = self._prototypes(state, name, examples, is_data_free) if examples else None
-        change = self._write(name, packed, examples, prototypes)
+            given = Examples.of(_words(base, weights))
+        prototypes = self._prototypes(state, name, given, is_data_free) if given else None
+        change = self._write(name, packed, given, prototypes)
         generation = self._publish(change, state, expected_generation)
         return DomainChange(name, change.adapters[name], generation)
 
@@ -147,7 +148,7 @@ class Domains:
         return earlier[-1]
 
     def _write(
-        self, name: str, packed: PackedAdapter, examples: Sequence[str], prototypes: DomainPrototypes | None
+        self, name: str, packed: PackedAdapter, examples: Examples, prototypes: DomainPrototypes | None
     ) -> Change:
         """Write the domain's next version; what is to be published then."""
         kept = {"added_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_examples": len(examples)}
@@ -157,7 +158,7 @@ class Domains:
             write_handed_in(folder, packed, kept)
             if rows is not None:
                 (folder / PROTOTYPES_FILE).write_bytes(rows)
-                (folder / EXAMPLES_FILE).write_bytes(examples_to_bytes(examples))
+                (folder / EXAMPLES_FILE).write_bytes(examples.to_bytes())
 
         version = self._store.write_version(f"adapters/{name}", write)
         named = {} if rows is None else {name: hashlib.sha256(rows).hexdigest()}
@@ -169,9 +170,7 @@ class Domains:
             return publish_for_base(self._catalog, change, state.base).generation
         return self._catalog.publish(change, expected_generation).generation
 
-    def _prototypes(
-        self, state: CatalogState, name: str, examples: Sequence[str], is_data_free: bool
-    ) -> DomainPrototypes:
+    def _prototypes(self, state: CatalogState, name: str, examples: Examples, is_data_free: bool) -> DomainPrototypes:
         router = trained_router(self._store, state)
         assert state.router is not None
         return prototypes_from_examples(router, state.router, name, examples, is_data_free)

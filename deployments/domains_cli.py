@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.errors import InvalidInput
+from cluster.router.examples import MAX_EXAMPLES_BYTES, Examples
 from deployments.command_line import console, errors_told, root_or_bucket
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def add(
     name: _Name,
     adapter: Annotated[Path, typer.Option(help="Folder that PEFT saved: safetensors only.")],
     examples: Annotated[
-        Path | None, typer.Option(help="Prompts of the domain: .txt, one per line, or .jsonl, {'prompt': ...} each.")
+        Path | None,
+        typer.Option(help="Prompts of the domain: .txt, one per line, or .jsonl, {'prompt': ..., 'topic': ...} each."),
     ] = None,
     data_free: Annotated[
         bool, typer.Option("--data-free", help="No examples: let words of the adapter stand for them, a guess.")
@@ -55,10 +57,10 @@ def add(
 ) -> None:
     """Check an adapter, publish it, and teach the router its examples. A running system serves it within a second."""
     with errors_told():
-        given = _examples(examples) if examples is not None else []
-        ref = _domains(root).add(name, adapter, given, data_free, expected_generation).ref
+        given = _examples(examples) if examples is not None else ()
+        change = _domains(root).add(name, adapter, given, data_free, expected_generation)
         known = f"routed by {len(given)} examples" if given else "routed by a guess" if data_free else "by name only"
-        console.print(f"published {ref}: {known}", highlight=False)
+        console.print(f"published {change.ref}: {known}, in generation {change.generation}", highlight=False)
 
 
 @app.command()
@@ -72,7 +74,7 @@ def remove(name: _Name, root: _Root = None, expected_generation: _Expected = Non
 @app.command()
 def rollback(
     name: _Name,
-    to: Annotated[int | None, typer.Option(help="Version; by default the one before the current.")] = None,
+    to: Annotated[int | None, typer.Option(min=1, help="Version; by default the one before the current.")] = None,
     root: _Root = None,
     expected_generation: _Expected = None,
 ) -> None:
@@ -97,7 +99,7 @@ def alias(
 def tag(
     name: _Name,
     tag: Annotated[str, typer.Argument(help="Such as stable: then NAME@stable is a version like any other.")],
-    version: Annotated[int | None, typer.Argument(help="Without it, the tag is taken away.")] = None,
+    version: Annotated[int | None, typer.Argument(min=1, help="Without it, the tag is taken away.")] = None,
     root: _Root = None,
 ) -> None:
     """Name a version of a domain, or take the name away."""
@@ -112,12 +114,13 @@ def _domains(root: str | None) -> "Domains":
     from cluster.lora.artifacts import Store
     from deployments.domains import Domains
 
-    return Domains(Store(root_or_bucket(root)))
+    place = root_or_bucket(root)
+    if isinstance(place, Path) and not place.is_dir():
+        raise InvalidInput(f"There is no folder {str(place)!r}; name the root of a system with --root.")
+    return Domains(Store(place))
 
 
-def _examples(file: Path) -> list[str]:
-    from cluster.router.domain_prototypes import MAX_EXAMPLES_BYTES, examples_from_bytes
-
+def _examples(file: Path) -> Examples:
     if not file.is_file() or file.stat().st_size > MAX_EXAMPLES_BYTES:
         raise InvalidInput(f"{str(file)!r} is no file of at most {MAX_EXAMPLES_BYTES} bytes; name one with examples.")
-    return examples_from_bytes(file.read_bytes(), is_json=file.suffix == ".jsonl")
+    return Examples.from_bytes(file.read_bytes(), is_json=file.suffix == ".jsonl")

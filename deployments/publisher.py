@@ -11,7 +11,7 @@ import torch
 from cluster.config import AppSettings, absolute
 from cluster.errors import InvalidInput
 from cluster.lora.artifacts import Store
-from cluster.router.domain_prototypes import MAX_EXAMPLES_BYTES, examples_from_bytes, examples_to_bytes
+from cluster.router.examples import MAX_EXAMPLES_BYTES, Examples
 from deployments.domain_info import DomainChange, DomainHistory, DomainPage, NewDomain
 from deployments.domains import Domains
 from deployments.uploads import EXAMPLES_JSON, EXAMPLES_TEXT, Uploads
@@ -95,9 +95,9 @@ class Publisher:
         return folder
 
 
-def _examples(new: NewDomain, uploaded: Path | None) -> list[str]:
+def _examples(new: NewDomain, uploaded: Path | None) -> Examples:
     """The examples, however they came. Raises `InvalidInput` when they came twice, `InvalidData` for bad ones."""
-    content = [(examples_to_bytes(new.examples), True)] if new.examples else []
+    content = [(Examples(new.examples).to_bytes(), True)] if new.examples else []
     for name in (EXAMPLES_JSON, EXAMPLES_TEXT) if uploaded is not None else ():
         assert uploaded is not None
         if (file := uploaded / name).is_file():
@@ -106,7 +106,7 @@ def _examples(new: NewDomain, uploaded: Path | None) -> list[str]:
             content.append((file.read_bytes(), name == EXAMPLES_JSON))
     if len(content) > 1:
         raise InvalidInput("The examples came twice; give them once.")
-    return examples_from_bytes(*content[0]) if content else []
+    return Examples.from_bytes(*content[0]) if content else Examples()
 
 
 async def _run(thread: ThreadPoolExecutor, work: Callable[..., T], *args: object) -> T:

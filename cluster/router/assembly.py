@@ -13,16 +13,14 @@ from cluster.lora.artifacts import Store
 from cluster.lora.catalog_state import CatalogState
 from cluster.messages import AdapterRef
 from cluster.router.domain_prototypes import (
-    EXAMPLES_FILE,
-    MAX_EXAMPLES_BYTES,
     MAX_PROTOTYPES_BYTES,
     PROTOTYPES_FILE,
     DomainPrototypes,
-    examples_from_bytes,
     prototypes_from_examples,
     prototypes_of,
     with_prototypes,
 )
+from cluster.router.examples import EXAMPLES_FILE, MAX_EXAMPLES_BYTES, Examples
 from cluster.router.tiny_ada import TinyAda
 
 _READERS = 16
@@ -104,5 +102,5 @@ class RouterAssembly:
             return prototypes_of(self._trained, name, self._version)
         listed = self._store.adapter_files(ref)[EXAMPLES_FILE]
         kept = self._store.adapter_file(ref, EXAMPLES_FILE, listed.sha256, MAX_EXAMPLES_BYTES)
-        examples = examples_from_bytes(kept)
+        examples = Examples.from_bytes(kept)
         return prototypes_from_examples(self._trained, self._version, name, examples, given.is_data_free)

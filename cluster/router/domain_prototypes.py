@@ -8,24 +8,21 @@ import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cluster.errors import CorruptArtifact, InvalidData
+from cluster.errors import CorruptArtifact
 from cluster.lora.safetensors_header import check_header
+from cluster.router.examples import Examples
 from cluster.router.head import Rows
 from cluster.router.scoring import MAX_LENGTH
 from cluster.router.tiny_ada import TinyAda
 
-PROTOTYPES_FILE, EXAMPLES_FILE = "prototypes.safetensors", "examples.jsonl"
+PROTOTYPES_FILE = "prototypes.safetensors"
 MAX_PROTOTYPES_BYTES = 2**24
-MAX_EXAMPLES_BYTES = 2**24
-MAX_EXAMPLES = 10_000
-MAX_EXAMPLE_CHARACTERS = 100_000
 
 _HEADER = "zephyra"
 
@@ -68,11 +65,12 @@ class DomainPrototypes:
 
 
 def prototypes_from_examples(
-    ada: TinyAda, router: int, name: str, examples: Sequence[str], is_data_free: bool = False
+    ada: TinyAda, router: int, name: str, examples: Examples | Sequence[str], is_data_free: bool = False
 ) -> DomainPrototypes:
     """What `ada`, version `router`, learns of `name` from its examples. Raises `InvalidInput` as `with_domain` does."""
     known = ada.without_domain(name) if name in ada.domains else ada
-    return prototypes_of(known.with_domain(name, examples, is_data_free=is_data_free), name, router)
+    given = Examples.of(examples)
+    return prototypes_of(known.with_domain(name, given.prompts, given.topics, is_data_free), name, router)
 
 
 @torch.no_grad()
@@ -119,35 +117,3 @@ def _stacked(added: Mapping[str, DomainPrototypes], width: int) -> Rows:
         held_DP = torch.arange(prototypes_DPV.shape[1]) < counts_D[:, None]
         prototypes_DPV[held_DP] = torch.cat([one.rows_PV for one in given])
     return Rows(prototypes_DPV, counts_D, torch.tensor([one.offset for one in given], dtype=torch.float32))
-
-
-def examples_to_bytes(examples: Sequence[str]) -> bytes:
-    """JSON lines, `{"prompt": ...}` each."""
-    return "".join(f"{json.dumps({'prompt': text}, ensure_ascii=False)}\n" for text in examples).encode()
-
-
-def examples_from_bytes(content: bytes, is_json: bool = True) -> list[str]:
-    """Prompts: a JSON string or `{"prompt": ...}` per line, or a line of text each; empty lines are passed over.
-
-    Raises `InvalidData` for anything else, for none at all, or for too many or too long ones.
-    """
-    try:
-        lines = content.decode().splitlines() if not is_json else content.decode().split("\n")
-        given = [line for line in lines if line.strip()]
-        examples = [_prompt(json.loads(line)) for line in given] if is_json else given
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InvalidData(
-            f"The examples cannot be read ({error}); expected UTF-8, a prompt per line, in .jsonl as {{'prompt': ...}}."
-        ) from error
-    if not 0 < len(examples) <= MAX_EXAMPLES:
-        raise InvalidData(f"There are {len(examples)} examples; expected between 1 and {MAX_EXAMPLES}.")
-    if (longest := max(map(len, examples))) > MAX_EXAMPLE_CHARACTERS:
-        raise InvalidData(f"An example has {longest} characters; expected at most {MAX_EXAMPLE_CHARACTERS}.")
-    return examples
-
-
-def _prompt(line: Any) -> str:
-    text = line if isinstance(line, str) else line["prompt"]
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"a prompt is {text!r}")
-    return text

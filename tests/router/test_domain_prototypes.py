@@ -1,26 +1,23 @@
 """Prototypes in files of their own: the router made of many is the one that adding domains one by one makes."""
 
-import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
 
-from cluster.errors import CorruptArtifact, InvalidData
+from cluster.errors import CorruptArtifact
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog_state import CatalogState
 from cluster.messages import AdapterRef
 from cluster.router.assembly import RouterAssembly
 from cluster.router.domain_prototypes import (
-    EXAMPLES_FILE,
     PROTOTYPES_FILE,
     DomainPrototypes,
-    examples_from_bytes,
-    examples_to_bytes,
     prototypes_from_examples,
     with_prototypes,
 )
+from cluster.router.examples import EXAMPLES_FILE, Examples
 from cluster.router.scoring import FixedPrototypes
 from cluster.router.tiny_ada import TinyAda
 from tests.router.prompts import DOMAINS, STRANGE, prompts
@@ -90,20 +87,6 @@ def test_a_damaged_file_is_refused(ada: TinyAda, damage: str) -> None:
         DomainPrototypes.from_bytes(content)
 
 
-def test_examples_survive_and_bad_ones_are_refused() -> None:
-    strange = ["a\u2028b", "tab\there", '"quoted"', "line\nbreak", "\U0001f600 ünïcode"]
-    assert examples_from_bytes(examples_to_bytes(strange)) == strange
-    assert examples_from_bytes(b'"one"\n\n{"prompt": "two", "more": 1}\n') == ["one", "two"]
-    assert examples_from_bytes(b"erste Frage\n\n zweite \r\n", is_json=False) == ["erste Frage", " zweite "]
-    for content in (b"", b"\n", b"{", b"7", b"[]", b'{"text": "x"}', b'{"prompt": 3}', b'{"prompt": " "}', b"\xff"):
-        with pytest.raises(InvalidData):
-            examples_from_bytes(content)
-    with pytest.raises(InvalidData, match="10001 examples"):
-        examples_from_bytes(b'"x"\n' * 10_001)
-    with pytest.raises(InvalidData, match="100001 characters"):
-        examples_from_bytes(json.dumps("x" * 100_001).encode())
-
-
 class Root:
     """A store with routers and domains in it, and the state that names them."""
 
@@ -115,7 +98,7 @@ class Root:
     def add(self, name: str, given: DomainPrototypes, examples: tuple[str, ...]) -> None:
         def write(folder: Path) -> None:
             (folder / PROTOTYPES_FILE).write_bytes(given.to_bytes())
-            (folder / EXAMPLES_FILE).write_bytes(examples_to_bytes(examples))
+            (folder / EXAMPLES_FILE).write_bytes(Examples(examples).to_bytes())
 
         version = self.store.write_version(f"adapters/{name}", write)
         files = self.store.adapter_files(self.state_with(name, version).ref(name))
