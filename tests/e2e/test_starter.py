@@ -69,6 +69,14 @@ def test_answers_come_from_the_right_adapter_alone(report: dict[str, Any], throu
     assert max(shares.values()) <= 0.3, shares
 
 
+def test_routing_costs_nothing_beside_the_right_adapter_nor_beside_the_base(report: dict[str, Any]) -> None:
+    losses = [domain["loss"] for domain in report["domains"].values()]
+    assert mean(loss["routed"] - loss["oracle"] for loss in losses) < 0.01
+    # Each domain's prompts once more, by a router that does not know the domain.
+    assert mean(loss["strange"] - loss["base"] for loss in losses) < 0.02
+    assert mean(domain["strange_abstained"] for domain in report["domains"].values()) > 0.95
+
+
 def test_each_adapter_beats_the_base_on_its_domain(report: dict[str, Any]) -> None:
     for name, domain in report["domains"].items():
         assert domain["loss"]["oracle"] < domain["loss"]["base"], name
