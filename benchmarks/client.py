@@ -14,7 +14,8 @@ from queue import Empty, SimpleQueue
 import torch
 
 from cluster.engine.engine import Engine, StepOutput
-from cluster.lora.peft_format import read_foreign
+from cluster.lora.foreign import read_handed_in
+from cluster.lora.peft_format import unpack
 from cluster.lora.weights import AdapterWeights, Resident
 from cluster.messages import AdapterRef, GenerateRequest
 
@@ -29,7 +30,7 @@ class AdapterLibrary:
 
     def load(self, ref: AdapterRef) -> AdapterWeights:
         """Read one from its files."""
-        return read_foreign(self.folders[ref], self.base_fingerprint, self.dtype)
+        return unpack(read_handed_in(self.folders[ref], self.base_fingerprint), self.dtype)
 
 
 @dataclass(slots=True)

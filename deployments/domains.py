@@ -24,8 +24,8 @@ from cluster.errors import (
 )
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, CatalogState, Change, check_generation
-from cluster.lora.foreign import MAX_CONFIG_BYTES, read_handed_in, write_handed_in
-from cluster.lora.packed_adapter import PackedAdapter
+from cluster.lora.foreign import MAX_CONFIG_BYTES, read_handed_in
+from cluster.lora.packed_adapter import CONFIG_FILE, OURS_FILE, PackedAdapter, write_adapter
 from cluster.lora.peft_format import unpack
 from cluster.lora.weights import AdapterWeights, adaptable_layers
 from cluster.messages import AdapterRef, check_domain_name
@@ -124,7 +124,7 @@ class Domains:
             current = state.ref(name)
             ref = AdapterRef(current.domain, self._before(current) if version is None else version)
         files = self._store.adapter_files(ref)
-        ours = json.loads((self._store.adapter_folder(ref) / "zephyra.json").read_text())
+        ours = json.loads((self._store.adapter_folder(ref) / OURS_FILE).read_text())
         if ours["base_fingerprint"] != (served := fingerprint(self._base_folder(state))):
             raise IncompatibleAdapter(f"{ref} was trained on base {ours['base_fingerprint']}, this is base {served}.")
         prototypes = {ref.domain: files[PROTOTYPES_FILE].sha256} if PROTOTYPES_FILE in files else {}
@@ -155,7 +155,7 @@ class Domains:
         rows = None if prototypes is None else prototypes.to_bytes()
 
         def write(folder: Path) -> None:
-            write_handed_in(folder, packed, kept)
+            write_adapter(folder, packed.config_json, packed.base_fingerprint, packed.tensors.data, kept)
             if rows is not None:
                 (folder / PROTOTYPES_FILE).write_bytes(rows)
                 (folder / EXAMPLES_FILE).write_bytes(examples.to_bytes())
@@ -213,7 +213,7 @@ class Domains:
         try:
             files = self._store.adapter_files(ref)
             num_bytes = sum(file.num_bytes for file in files.values())
-            file = "adapter_config.json"
+            file = CONFIG_FILE
             config = self._store.adapter_file(ref, file, files[file].sha256, MAX_CONFIG_BYTES)
             return int(json.loads(config)["r"]), num_bytes, None
         except (ZephyraError, ValueError, KeyError, TypeError) as error:

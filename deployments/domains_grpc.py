@@ -13,13 +13,7 @@ from deployments.domains_http import MAX_PAGE, PAGE
 from deployments.grpc_api import check_peer, errors_to
 from deployments.protos import zephyra_pb2 as pb
 from deployments.remote_domains import RemoteDomains, RemoteUpload
-from deployments.uploads import EXAMPLES_JSON, IDLE_S
-
-_FILES = {
-    "adapter_config": "adapter_config.json",
-    "adapter_model": "adapter_model.safetensors",
-    "zephyra": "zephyra.json",
-}
+from deployments.uploads import EXAMPLES_JSON, FILE_OF_FIELD, IDLE_S
 
 
 async def list_domains(
@@ -114,8 +108,8 @@ async def _pass_on(upload: RemoteUpload, request: pb.AddDomainRequest) -> None:
     if part == "examples":
         lines = "".join(f"{json.dumps(prompt)}\n" for prompt in request.examples.prompts)
         await upload.write(EXAMPLES_JSON, lines.encode())
-    elif part in _FILES:
-        await upload.write(_FILES[part], getattr(request, part))
+    elif part in FILE_OF_FIELD:
+        await upload.write(FILE_OF_FIELD[part], getattr(request, part))
     else:
         raise InvalidInput("A message after the first holds no piece of a file and no examples; send one or the other.")
 

@@ -29,15 +29,10 @@ from deployments.domains_messages import (
 )
 from deployments.loopback import check_local
 from deployments.remote_domains import CHUNK_BYTES, RemoteDomains, RemoteUpload
-from deployments.uploads import EXAMPLES_JSON, EXAMPLES_TEXT, IDLE_S
+from deployments.uploads import EXAMPLES_JSON, EXAMPLES_TEXT, FILE_OF_FIELD, IDLE_S
 
 PAGE, MAX_PAGE = 100, 1000
 
-_FILES = {
-    "adapter_config": "adapter_config.json",
-    "adapter_model": "adapter_model.safetensors",
-    "zephyra": "zephyra.json",
-}
 _FIELDS = ("name", "data_free", "expected_generation")
 _EXAMPLES = "examples"
 _ADD_SCHEMA = {
@@ -127,7 +122,7 @@ async def _add_uploaded(domains: RemoteDomains, request: Request, expected_gener
 async def _received(request: Request) -> FormData:
     try:
         async with asyncio.timeout(IDLE_S):
-            return await request.form(max_files=len(_FILES) + 1, max_fields=len(_FIELDS) + 1)
+            return await request.form(max_files=len(FILE_OF_FIELD) + 1, max_fields=len(_FIELDS) + 1)
     except TimeoutError as error:
         raise DeadlineExceeded(f"The upload took longer than {IDLE_S:g} s; send it faster.") from error
     except ClientDisconnect as error:
@@ -140,7 +135,7 @@ async def _received(request: Request) -> FormData:
 
 def _fields(form: FormData) -> dict[str, str]:
     """The short fields. Raises `InvalidInput` for a part that is none, or comes twice, or is or isn't a file."""
-    known = (*_FIELDS, *_FILES, _EXAMPLES)
+    known = (*_FIELDS, *FILE_OF_FIELD, _EXAMPLES)
     fields: dict[str, str] = {}
     seen = set()
     for part, content in form.multi_items():
@@ -150,7 +145,7 @@ def _fields(form: FormData) -> dict[str, str]:
             raise InvalidInput(f"The field {part!r} comes twice; give it once.")
         seen.add(part)
         is_file = isinstance(content, UploadFile)
-        if (part in _FILES and not is_file) or (part in _FIELDS and is_file):
+        if (part in FILE_OF_FIELD and not is_file) or (part in _FIELDS and is_file):
             raise InvalidInput(f"The field {part!r} is {'a' if is_file else 'no'} file; send it as the other.")
         if part in _FIELDS:
             assert isinstance(content, str)
@@ -162,7 +157,7 @@ async def _pass_on(upload: RemoteUpload, part: str, content: UploadFile | str) -
     if isinstance(content, str):
         await upload.write(EXAMPLES_TEXT, content.encode())
         return
-    name = _FILES.get(part)
+    name = FILE_OF_FIELD.get(part)
     if name is None:
         name = EXAMPLES_JSON if (content.filename or "").endswith(".jsonl") else EXAMPLES_TEXT
     # An empty file is there all the same.

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import InvalidInput, Overloaded, PublisherUnavailable, UploadTooLarge
+from cluster.lora.packed_adapter import CONFIG_FILE, OURS_FILE, TENSORS_FILE
+from cluster.router.examples import EXAMPLES_FILE
 
-EXAMPLES_JSON, EXAMPLES_TEXT = "examples.jsonl", "examples.txt"
-FILES = ("adapter_config.json", "adapter_model.safetensors", "zephyra.json", EXAMPLES_JSON, EXAMPLES_TEXT)
+EXAMPLES_JSON, EXAMPLES_TEXT = EXAMPLES_FILE, "examples.txt"
+FILE_OF_FIELD = {"adapter_config": CONFIG_FILE, "adapter_model": TENSORS_FILE, "zephyra": OURS_FILE}
+"""What both wires call the files of an adapter."""
+
+FILES = (*FILE_OF_FIELD.values(), EXAMPLES_JSON, EXAMPLES_TEXT)
 """What may be uploaded of a domain."""
 
 MAX_OPEN = 8

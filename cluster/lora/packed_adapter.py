@@ -10,6 +10,7 @@ import json
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,16 @@ def pack(folder: Path) -> PackedAdapter:
         # An OSError's own text names the path, which is nobody's business outside.
         why = error.strerror if isinstance(error, OSError) else error
         raise CorruptArtifact(f"The adapter in {folder.parent.name}/{folder.name} cannot be read: {why}.") from error
+
+
+def write_adapter(
+    folder: Path, config_json: str, base_fingerprint: str, tensors: bytes | memoryview, metadata: Any
+) -> None:
+    """Write what `pack` reads into `folder`, byte for byte. `metadata` (JSON) is kept for people."""
+    (folder / TENSORS_FILE).write_bytes(tensors)
+    (folder / CONFIG_FILE).write_text(config_json)
+    ours = {"base_fingerprint": base_fingerprint, "sha256": hashlib.sha256(tensors).hexdigest()}
+    (folder / OURS_FILE).write_text(json.dumps({**ours, "metadata": metadata}, indent=2))
 
 
 def _mapped(file: Path) -> NDArray[np.uint8]:

@@ -4,7 +4,6 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors` as PEFT wri
 PEFT has no place for: the base's fingerprint and the checksum. Nothing else is read, and nothing is unpickled.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator
@@ -18,7 +17,7 @@ import safetensors.torch
 import torch
 
 from cluster.errors import CorruptArtifact, IncompatibleAdapter, ZephyraError
-from cluster.lora.packed_adapter import CONFIG_FILE, OURS_FILE, TENSORS_FILE, PackedAdapter
+from cluster.lora.packed_adapter import PackedAdapter, write_adapter
 from cluster.lora.weights import AdapterWeights, Factors
 
 _PREFIX = "base_model.model."
@@ -93,25 +92,10 @@ def _as_corrupt() -> Iterator[None]:
         raise CorruptArtifact(f"The adapter is not in PEFT's layout: {error}.") from error
 
 
-def read_foreign(folder: Path, base_fingerprint: str, dtype: torch.dtype = torch.float32) -> AdapterWeights:
-    """An adapter that PEFT itself wrote, which the caller says belongs to this base."""
-    try:
-        config_json = (folder / CONFIG_FILE).read_text()
-        tensors = np.fromfile(folder / TENSORS_FILE, dtype=np.uint8)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorruptArtifact(
-            f"{folder.name} lacks {CONFIG_FILE} or {TENSORS_FILE}; expected a folder that PEFT saved."
-        ) from error
-    return unpack(PackedAdapter(config_json, base_fingerprint, tensors), dtype)
-
-
 def save(folder: Path, weights: AdapterWeights, base_model_name: str, metadata: dict[str, Any] | None = None) -> None:
     """Write `weights` into `folder` so that both PEFT and `pack` read them. `metadata` (JSON) is kept for people."""
     data, config = _serialized(weights, base_model_name)
-    (folder / TENSORS_FILE).write_bytes(data)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
-    ours = {"base_fingerprint": weights.base_fingerprint, "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / OURS_FILE).write_text(json.dumps({**ours, "metadata": metadata or {}}, indent=2))
+    write_adapter(folder, json.dumps(config, indent=2), weights.base_fingerprint, data, metadata or {})
 
 
 def packed(weights: AdapterWeights) -> PackedAdapter:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import CorruptArtifact, IncompatibleAdapter, InvalidInput
 from cluster.lora import foreign, peft_format
-from cluster.lora.packed_adapter import pack
+from cluster.lora.packed_adapter import pack, write_adapter
 from cluster.lora.safetensors_header import MAX_HEADER_BYTES, check_header
 from tests.lora.adapters import FINGERPRINT, random_adapter
 from tests.model.nano import nano_model
@@ -35,7 +35,8 @@ def test_it_is_kept_byte_for_byte_and_nothing_else_is(folder: Path, tmp_path: Pa
     (folder / "README.md").write_text("notes")
     kept = tmp_path / "kept"
     kept.mkdir()
-    foreign.write_handed_in(kept, foreign.read_handed_in(folder, FINGERPRINT), {"note": 1})
+    given = foreign.read_handed_in(folder, FINGERPRINT)
+    write_adapter(kept, given.config_json, given.base_fingerprint, given.tensors.data, {"note": 1})
     assert sorted(file.name for file in kept.iterdir()) == [CONFIG, TENSORS, "zephyra.json"]
     for name in (CONFIG, TENSORS):
         assert (kept / name).read_bytes() == (folder / name).read_bytes()

@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from cluster.errors import CorruptArtifact, IncompatibleAdapter
+from cluster.errors import CorruptArtifact, IncompatibleAdapter, InvalidInput
 from cluster.lora import peft_format
+from cluster.lora.foreign import read_handed_in
 from cluster.lora.packed_adapter import PackedAdapter, pack
 from cluster.lora.weights import AdapterWeights, Factors, adaptable_layers
 from tests.lora.adapters import FINGERPRINT, mixed_logits, random_adapter
@@ -59,7 +60,7 @@ def test_an_adapter_that_peft_saved_answers_here_as_it_does_there(tmp_path: Path
     _peft_model(base, **EXACT[case]).save_pretrained(tmp_path)
     # Not the model that was saved: PEFT sorts the patterns as it writes them, so that another may be the first to fit.
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
-    ours = peft_format.read_foreign(tmp_path, FINGERPRINT)
+    ours = peft_format.unpack(read_handed_in(tmp_path, FINGERPRINT), torch.float32)
     ours.check_fits(adaptable_layers(base), FINGERPRINT)
     ids_BT = random_ids(base, 2, 9)
     expected_BTV = logits(theirs, ids_BT)
@@ -81,7 +82,7 @@ def test_an_adapter_that_peft_trained_answers_here_as_it_does_there(tmp_path: Pa
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.1, losses
     theirs.save_pretrained(tmp_path)
-    got_BTV = mixed_logits(base, peft_format.read_foreign(tmp_path, FINGERPRINT), ids_BT)
+    got_BTV = mixed_logits(base, peft_format.unpack(read_handed_in(tmp_path, FINGERPRINT), torch.float32), ids_BT)
     torch.testing.assert_close(got_BTV, logits(theirs.eval(), ids_BT), rtol=1e-5, atol=1e-5)
 
 
@@ -131,7 +132,7 @@ def test_what_peft_saved_and_no_mixture_could_be_exact_for_is_refused(tmp_path: 
     config, named = REFUSED[case]
     _peft_model(nano_model(), **{"target_modules": ["q_proj"], "r": 2, **config}).save_pretrained(tmp_path)
     with pytest.raises(IncompatibleAdapter, match=named):
-        peft_format.read_foreign(tmp_path, FINGERPRINT)
+        peft_format.unpack(read_handed_in(tmp_path, FINGERPRINT), torch.float32)
 
 
 def test_an_adapter_of_another_base_or_shape_is_refused() -> None:
@@ -223,7 +224,7 @@ def test_a_damaged_configuration_of_peft_is_refused(tmp_path: Path) -> None:
     for content in (b"\xff\xfe", b"[]", b"{", b"7"):
         (tmp_path / "adapter_config.json").write_bytes(content)
         with pytest.raises(CorruptArtifact):
-            peft_format.read_foreign(tmp_path, FINGERPRINT)
+            peft_format.unpack(read_handed_in(tmp_path, FINGERPRINT), torch.float32)
 
 
 class _Bomb:
@@ -241,11 +242,11 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     _peft_model(nano_model(), target_modules=["q_proj"], r=2).save_pretrained(folder)
     (folder / "adapter_model.safetensors").unlink()
     torch.save({"x": _Bomb(evidence)}, folder / "adapter_model.bin")
-    with pytest.raises(CorruptArtifact, match=r"lacks .*adapter_model\.safetensors"):
-        peft_format.read_foreign(folder, FINGERPRINT)
+    with pytest.raises(InvalidInput, match=r"adapter_model\.safetensors .* cannot be read"):
+        peft_format.unpack(read_handed_in(folder, FINGERPRINT), torch.float32)
     (folder / "adapter_model.bin").rename(folder / "adapter_model.safetensors")
-    with pytest.raises(CorruptArtifact, match="PEFT's layout"):
-        peft_format.read_foreign(folder, FINGERPRINT)
+    with pytest.raises(CorruptArtifact, match="safetensors file"):
+        peft_format.unpack(read_handed_in(folder, FINGERPRINT), torch.float32)
     assert not evidence.exists()
     torch.load((folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), weights_only=False)
     assert evidence.exists(), "the pickle was meant to go off when it is loaded"
