@@ -5,7 +5,6 @@ Run it on an idle machine: what else runs is measured too.
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,17 +12,17 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from benchmarks.adapters_publishing import publish
 from benchmarks.adapters_serving import SERVING_SCENARIOS, ServingBench
 from benchmarks.catalog_size import catalog_size
+from benchmarks.command import check_options, ended_well, quiet_progress, scenario_parser
 from benchmarks.figures import Bar, Measurements
 from benchmarks.killed_publisher import torn
 from benchmarks.merging import FULL, QUICK, merging
 from benchmarks.report import in_words, result_line
 from benchmarks.system import num_cores
-from cluster.errors import InvalidInput, ZephyraError
 
 _DIGITS = 9
 """Of the figures in RESULT: some bars lie within a hundred thousandth of 1."""
@@ -113,24 +112,14 @@ def main(arguments: list[str] | None = None) -> None:
     errors = Console(stderr=True)
     num_threads = torch.get_num_threads()
     try:
-        _run(options, errors)
-    except ZephyraError as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        with ended_well(errors):
+            _run(options, errors)
     finally:
         torch.set_num_threads(num_threads)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.adapters",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="scenarios:\n" + "\n".join(f"  {name:10} {scenario.what}" for name, scenario in SCENARIOS.items()),
-    )
-    parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="NAME", help="scenarios to run")
+    parser = scenario_parser("adapters", __doc__, SCENARIOS)
     parser.add_argument("--threads", type=int, default=num_cores(), help="of the products; all cores by default")
     parser.add_argument("--blocks", type=int, help="merge so many of the model's blocks, which are all alike")
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
@@ -140,21 +129,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, errors: Console) -> None:
-    for name in ("threads", "blocks"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise InvalidInput(f"--{name} is {value}; expected at least 1.")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise InvalidInput(f"--json is {options.json}, whose folder does not exist; make it first.")
+    check_options(options, positive=("threads", "blocks"), files=("json",))
     torch.set_num_threads(options.threads)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=errors,
-        # Redrawn between steps only: a thread that draws ten times a second slows what is timed.
-        auto_refresh=False,
-    )
+    progress = quiet_progress(errors)
     figures: Measurements = {}
     with progress, tempfile.TemporaryDirectory() as temporary:
         serving = ServingBench(options.roots or Path(temporary), options.quick, errors)

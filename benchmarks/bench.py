@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn
 
+from benchmarks.command import quiet_progress
 from benchmarks.figures import interleaved
 from benchmarks.system import Size, System, TimedModel, opened
 
@@ -82,16 +83,7 @@ class Bench:
         """Bytes per second that this machine reads from memory."""
         self.peers = peers
         self.quality = quality
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[last]}"),
-            console=console,
-            # Redrawn between runs only: a thread that draws ten times a second takes a core from what is timed.
-            auto_refresh=False,
-        )
+        self.progress = quiet_progress(console, TextColumn("{task.fields[last]}"))
 
     def opened(self, size: Size, base_folder: Path | None = None) -> AbstractContextManager[System]:
         """An engine of this size on the model's own base, or on another form of it."""

@@ -5,7 +5,6 @@ everything, to see that it works. Run it on an idle machine: what else runs is m
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.bench import QUICK, Bench, Effort, Peers, Quality
+from benchmarks.command import check_options, ended_well, scenario_parser
 from benchmarks.figures import Measurements
 from benchmarks.peers import beside_peers, check_peers
 from benchmarks.profiling import print_profile
@@ -26,7 +26,7 @@ from benchmarks.system import TimedModel, num_cores, read_bandwidth
 from benchmarks.throughput import MANY, idle_adapters, serving, sharing
 from benchmarks.turnover import cliff, crowded_cliff, hot_and_cold
 from cluster.config import CHECKOUT
-from cluster.errors import InvalidInput, ZephyraError
+from cluster.errors import InvalidInput
 from cluster.lora.catalog import Catalog
 from cluster.training.pipeline import data_of
 
@@ -59,27 +59,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     # The table and the line RESULT go to standard output, everything else to standard error.
     errors = Console(stderr=True)
-    try:
+    with ended_well(errors):
         _run(options, errors)
-    except ZephyraError as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.engine",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="scenarios:\n" + "\n".join(f"  {name:10} {scenario.what}" for name, scenario in SCENARIOS.items()),
-    )
+    parser = scenario_parser("engine", __doc__, SCENARIOS)
     parser.add_argument("--model", type=Path, help="folder with base/, lora0/, lora1/, ...")
     parser.add_argument("--adapters", type=int, default=8, help="adapters that mixed loads take in turn")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the engine runs")
     parser.add_argument("--threads", type=int, default=num_cores(), help="of the products; all cores by default")
-    parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="NAME", help="scenarios to run")
     parser.add_argument("--rounds", type=int, help=f"repeats of each load ({Effort().rounds})")
     parser.add_argument("--quick", action="store_true", help="a little of everything, on a tiny model unless --model")
     parser.add_argument("--profile", metavar="LOAD", help="print where the time of a load goes, such as mixed8_16")
@@ -93,11 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, errors: Console) -> None:
-    for name in ("adapters", "threads", "rounds"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise InvalidInput(f"--{name} is {value}; expected at least 1.")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise InvalidInput(f"--json is {options.json}, whose folder does not exist; make it first.")
+    check_options(options, positive=("adapters", "threads", "rounds"), files=("json",))
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InvalidInput("--device is cuda, and torch sees no GPU here; leave it out to measure on the CPU.")
     names = _chosen(options, errors)

@@ -6,7 +6,6 @@ A figure is the mean over trainings with different seeds. Run it on an idle mach
 
 import argparse
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.command import check_options, ended_well, scenario_parser
 from benchmarks.figures import Measurements
 from benchmarks.report import result_line
 from benchmarks.router_bench import KINDS, QUICK, Effort, RouterBench
@@ -24,7 +24,7 @@ from benchmarks.router_quality import accuracy_on, clinc, fewshot, near
 from benchmarks.router_report import bars, for_result, in_words, print_table, terminal, write_json
 from benchmarks.router_sentences import RememberingModel, installed_encoder
 from cluster.config import CHECKOUT
-from cluster.errors import InvalidInput, ZephyraError
+from cluster.errors import InvalidInput
 from cluster.router.sentence_model import PACKAGE, SentenceModel, find_sentence_model
 
 QUICK_BASE_PARAMETERS = 1_000_000
@@ -61,26 +61,16 @@ def main(arguments: list[str] | None = None) -> None:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in stage 3: products so small that a second thread only waits for the first
     try:
-        _run(options, errors)
-    except ZephyraError as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        with ended_well(errors):
+            _run(options, errors)
     finally:
         torch.set_num_threads(num_threads)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.router",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="scenarios:\n" + "\n".join(f"  {name:10} {scenario.what}" for name, scenario in SCENARIOS.items()),
-    )
+    parser = scenario_parser("router", __doc__, SCENARIOS)
     data = CHECKOUT.parent / "shared" / "data"
     parser.add_argument("--data", type=Path, default=data, help="folder of the data sets, each in its own folder")
-    parser.add_argument("--only", nargs="+", choices=SCENARIOS, metavar="NAME", help="scenarios to run")
     parser.add_argument(
         "--seeds",
         type=int,
@@ -119,12 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, errors: Console) -> None:
-    for name in ("seeds", "base_parameters"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise InvalidInput(f"--{name.replace('_', '-')} is {value}; expected at least 1.")
-    for name in ("json", "curve"):
-        if (file := getattr(options, name)) is not None and not file.parent.is_dir():
-            raise InvalidInput(f"--{name} is {file}, whose folder does not exist; make it first.")
+    check_options(options, positive=("seeds", "base_parameters"), files=("json", "curve"))
     base_parameters = options.base_parameters or (QUICK_BASE_PARAMETERS if options.quick else 100_000_000)
     sentences = _sentences(options.pretrained)
     kinds = [prefix for kind, prefix in KINDS.items() if kind in options.kinds]

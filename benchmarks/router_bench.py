@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 
+from benchmarks.command import quiet_progress
 from benchmarks.figures import Measurements, SeedMeasurement
 from benchmarks.router_data import DataSet, Texts, load
 from benchmarks.router_sentences import RememberingModel
@@ -112,15 +113,7 @@ class RouterBench:
         self.prefers_energy: bool | None = None
         """Which score of the baseline tells texts outside better, once that was found out."""
         self._sets: dict[str, DataSet] = {}
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            # Redrawn between trainings only: a thread that draws ten times a second slows what is timed.
-            auto_refresh=False,
-        )
+        self.progress = quiet_progress(console)
 
     def data(self, name: str) -> DataSet:
         """The data set, read once. Raises like `router_data.load`."""
