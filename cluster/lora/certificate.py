@@ -26,10 +26,6 @@ class Certificate:
         kept, lost = self.norm, self.bound
         return 1 / (1 + (lost / kept) ** 2) if kept > 0 else float(lost == 0)
 
-    def as_json(self) -> dict[str, str | int | float]:
-        """What an answer says of it."""
-        return {"method": self.method, "rank": self.rank, "bound": self.bound, "kept_energy": self.kept_energy}
-
 
 def in_total(certificates: Iterable[Certificate]) -> Certificate:
     """Of all layers together, at least one: squares of distances between layers' deltas add up."""

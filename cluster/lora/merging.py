@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.errors import IncompatibleAdapter
 from cluster.lora.certificate import Certificate, in_total
-from cluster.lora.merge_plan import LayerShares, Method, crossover, travels_as_matrix
+from cluster.lora.merge_plan import Method, crossover, travels_as_matrix
 from cluster.lora.parts import Array, LayerPart, Part
 from cluster.lora.truncation import balanced, power_of_two, truncated
 from cluster.lora.weighted_sum import Accumulator, WeightedSum, norm, weighted_sum
@@ -44,16 +44,6 @@ def merged_ref(mixture: Mixture, rank: int, dtype: torch.dtype) -> AdapterRef:
     """What a mixture merged to `rank` for models of `dtype` is called: equal mixtures, equal names."""
     digest = hashlib.blake2b(f"{mixture.key} {dtype}".encode(), digest_size=20).hexdigest()
     return AdapterRef(_MERGED_PREFIX + digest, rank)
-
-
-def share_sizes(adapters: Sequence[AdapterWeights]) -> dict[str, LayerShares]:
-    """What a shard says of its share before any work is done, for `merge_plan.plan`."""
-    sizes = {}
-    for name in _names(adapters):
-        factors = [adapter.factors[name] for adapter in adapters if name in adapter.factors]
-        num_out, num_in = len(factors[0].b_OR), factors[0].a_RI.shape[1]
-        sizes[name] = LayerShares(num_out, num_in, (sum(f.rank for f in factors),))
-    return sizes
 
 
 def share_sums(

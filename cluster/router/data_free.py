@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.errors import InvalidInput
 from cluster.lora.weights import AdapterWeights, Factors
-from cluster.router.tiny_ada import TinyAda
 
 NUM_WORDS = 64
 WORDS_PER_EXAMPLE = 8
@@ -52,14 +51,6 @@ def words_of_adapter(
         if len(found) == num_words:
             break
     return list(found)
-
-
-def with_data_free_domain(ada: TinyAda, name: str, words: Sequence[str]) -> TinyAda:
-    """A router that also knows `name`, by `words` of its adapter alone; the domain is marked as data-free.
-
-    Raises `InvalidInput` as `TinyAda.with_domain` does.
-    """
-    return ada.with_domain(name, as_examples(words), is_data_free=True)
 
 
 def as_examples(words: Sequence[str]) -> list[str]:

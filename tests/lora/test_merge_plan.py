@@ -1,16 +1,20 @@
 """The cost model against what merging does: the bytes it sends, the flops it computes, and choices by hand."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.lora.merge_plan import LayerShares, Machine, Method, choose, cost, crossover, exact_method, plan
-from cluster.lora.merging import merge_parts, reduce_share, share_sizes, share_sums
+from cluster.lora.merging import merge_parts, reduce_share, share_sums
+from cluster.lora.packed_adapter import TENSORS_FILE, pack
 from cluster.lora.parts import LayerProjection, Scaled
+from cluster.lora.peft_format import save
 from cluster.lora.sketching import Multiply, Project, Sketch, merge_by_sketch
 from cluster.lora.weights import AdapterWeights, Factors
+from deployments.mixture_share import Share
 from tests.lora.mixtures import FINGERPRINT, LAYER, adapter
 
 
@@ -111,10 +115,17 @@ def test_a_sketch_is_chosen_for_wide_layers_and_many_shards_only() -> None:
     assert choose(LayerShares(8192, 8192, many), 8192) is Method.DENSE_SUM
 
 
-def test_the_plan_is_each_layer_s_choice_from_what_all_shards_hold_of_it() -> None:
+def test_the_plan_is_each_layer_s_choice_from_what_all_shards_hold_of_it(tmp_path: Path) -> None:
     first, second = _share(24, 40, 16), _share(24, 40, 8)
     extra = AdapterWeights({"other": Factors(torch.zeros(3, 40), torch.zeros(24, 3), 1.0)}, FINGERPRINT)
-    sizes = [share_sizes(first), share_sizes([*second, extra])]
+    sizes = []
+    for number, adapters in enumerate((first, [*second, extra])):
+        folders = [tmp_path / f"{number}-{index}" for index in range(len(adapters))]
+        for folder, weights in zip(folders, adapters, strict=True):
+            folder.mkdir()
+            save(folder, weights, "nano")
+        packed = [pack(folder) for folder in folders]
+        sizes.append(Share([folder / TENSORS_FILE for folder in folders], packed, [1.0] * len(packed)).sizes())
     assert sizes[0] == {LAYER: LayerShares(24, 40, (16,))}
     assert sizes[1] == {LAYER: LayerShares(24, 40, (8,)), "other": LayerShares(24, 40, (3,))}
     assert plan(sizes, 4) == {LAYER: Method.DENSE_SUM, "other": Method.QR_SVD}

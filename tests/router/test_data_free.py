@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from cluster.errors import InvalidInput
 from cluster.lora.weights import AdapterWeights, Factors
 from cluster.model.tokenizer import train_tokenizer
-from cluster.router.data_free import with_data_free_domain, words_of_adapter
+from cluster.router.data_free import as_examples, words_of_adapter
 from cluster.router.explanation import explain
 from cluster.router.tiny_ada import TinyAda
 from tests.router.prompts import STRANGE, prompts
@@ -93,7 +93,7 @@ def test_an_adapter_without_such_a_layer_is_refused(
 
 def test_the_domain_is_marked_and_the_mark_is_kept(ada: TinyAda, tmp_path: Path) -> None:
     texts = [*prompts("val", 5)[0], *STRANGE]
-    grown = with_data_free_domain(ada, "tax", TAX_WORDS)
+    grown = ada.with_domain("tax", as_examples(TAX_WORDS), is_data_free=True)
     assert (grown.data_free, ada.data_free) == ({"tax"}, frozenset())
     assert grown.without_domain("tax").data_free == frozenset()
     assert grown.with_domain("art", ["paint a portrait"]).data_free == {"tax"}
@@ -110,7 +110,7 @@ def test_the_domain_is_marked_and_the_mark_is_kept(ada: TinyAda, tmp_path: Path)
 
 
 def test_words_of_the_adapter_recognise_prompts_that_speak_of_them(ada: TinyAda) -> None:
-    grown = with_data_free_domain(ada, "tax", TAX_WORDS)
+    grown = ada.with_domain("tax", as_examples(TAX_WORDS), is_data_free=True)
     (decision,) = grown.route(["income tax return refund"])
     assert set(decision.weights) == {"tax"}
     assert explain(grown, "income tax return refund").is_data_free
