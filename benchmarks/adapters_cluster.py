@@ -26,7 +26,7 @@ from cluster.messages import AdapterRef
 from deployments import calls
 from deployments.application import APPLICATION_NAME
 from deployments.cluster import HOST, Ports, serving
-from deployments.coordinator import Coordinator
+from deployments.shards.coordinator import Coordinator
 
 _TIMEOUT_S = 60.0
 _WARM_UP_FETCHES = 20

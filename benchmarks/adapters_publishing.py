@@ -20,7 +20,7 @@ from cluster.messages import NONE_DOMAIN, AdapterRef
 from cluster.model.base import load_base
 from cluster.router.fit import RouterFit
 from cluster.router.tiny_ada import TinyAda
-from deployments.domains import Domains
+from deployments.domains.operations import Domains
 
 _ROUTED = 8
 """Domains that the router is trained on."""

@@ -11,14 +11,14 @@ from ray.serve.schema import LoggingConfig
 import cluster
 from cluster.config import CHECKOUT, AppSettings, FetchSettings
 from cluster.errors import InvalidInput
-from deployments.adapter_shard import AdapterShard
-from deployments.affinity_router import router_config
-from deployments.base_folder import base_folder
-from deployments.base_replica import BaseReplica
-from deployments.coordinator import Coordinator
-from deployments.ingress import Ingress
-from deployments.publisher import Publisher
+from deployments.api.ingress import Ingress
+from deployments.domains.publisher import Publisher
+from deployments.replica.affinity_router import router_config
+from deployments.replica.base_folder import base_folder
+from deployments.replica.base_replica import BaseReplica
 from deployments.router import Router
+from deployments.shards.adapter_shard import AdapterShard
+from deployments.shards.coordinator import Coordinator
 
 APPLICATION_NAME = "zephyra"
 

@@ -9,9 +9,9 @@ import typer
 
 from cluster.config import DEFAULT_ROOT, AppSettings, Quantization, absolute
 from cluster.errors import InvalidInput
-from deployments.command_line import STARTER, console, errors_told, root_and_data, run_stage, stage_settings
-from deployments.domains_cli import app as domains_app
-from deployments.router_cli import app as router_app
+from deployments.commands.command_line import STARTER, console, errors_told, root_and_data, run_stage, stage_settings
+from deployments.commands.domains_cli import app as domains_app
+from deployments.commands.router_cli import app as router_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="One base, many experts."
@@ -111,7 +111,7 @@ def evaluate(
     from cluster.training.evaluation import EvaluationSettings
     from cluster.training.evaluation import evaluate as measure
     from cluster.training.run import LocalRun
-    from deployments.report import print_report
+    from deployments.commands.report import print_report
 
     with errors_told():
         place, folder = root_and_data(root, data)
@@ -133,7 +133,7 @@ def quantize(
     ] = None,
 ) -> None:
     """Write the base with 8 or 4 bits per weight, for `zephyra serve --quantization`. The same adapters fit."""
-    from deployments.base_folder import write_quantized
+    from deployments.replica.base_folder import write_quantized
 
     with errors_told():
         by_bits: dict[int, Quantization] = {8: "int8", 4: "int4"}
@@ -159,7 +159,7 @@ def chat(
     ] = False,
 ) -> None:
     """Ask, and see which domains answered."""
-    from deployments.chat import GrpcClient, HttpClient, converse
+    from deployments.commands.chat import GrpcClient, HttpClient, converse
 
     with errors_told():
         client = GrpcClient(grpc_target, model, max_tokens) if grpc else HttpClient(url, model, max_tokens)

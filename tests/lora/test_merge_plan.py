@@ -14,7 +14,7 @@ from cluster.lora.parts import LayerProjection, Scaled
 from cluster.lora.peft_format import save
 from cluster.lora.sketching import Multiply, Project, Sketch, merge_by_sketch
 from cluster.lora.weights import AdapterWeights, Factors
-from deployments.mixture_share import Share
+from deployments.shards.mixture_share import Share
 from tests.lora.mixtures import FINGERPRINT, LAYER, adapter
 
 

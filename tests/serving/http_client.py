@@ -5,9 +5,9 @@ import json
 import httpx
 
 from cluster.config import AppSettings
-from deployments.gateway import Gateway
-from deployments.openai_api import build_api
-from deployments.remote_domains import RemoteDomains
+from deployments.api.gateway import Gateway
+from deployments.api.openai_api import build_api
+from deployments.domains.remote_domains import RemoteDomains
 from tests.serving.local import GoneHandle
 
 HI = [{"role": "user", "content": "hi"}]

@@ -9,10 +9,10 @@ from typing import Any
 
 from cluster.config import AppSettings
 from cluster.messages import RoutingDecision
-from deployments.adapter_shard import AdapterShard
-from deployments.base_replica import BaseReplica
-from deployments.coordinator import Coordinator
-from deployments.gateway import Gateway
+from deployments.api.gateway import Gateway
+from deployments.replica.base_replica import BaseReplica
+from deployments.shards.adapter_shard import AdapterShard
+from deployments.shards.coordinator import Coordinator
 
 
 class LocalHandle:

@@ -9,11 +9,11 @@ import httpx
 from ray.serve.grpc_util import gRPCInputStream
 
 from cluster.config import AppSettings
-from deployments.gateway import Gateway
-from deployments.openai_api import build_api
+from deployments.api.gateway import Gateway
+from deployments.api.openai_api import build_api
+from deployments.domains.publisher import Publisher
+from deployments.domains.remote_domains import RemoteDomains
 from deployments.protos import zephyra_pb2 as pb
-from deployments.publisher import Publisher
-from deployments.remote_domains import RemoteDomains
 from tests.serving.local import GoneHandle, LocalHandle
 
 UPLOAD_BYTES = 2**20

@@ -7,9 +7,9 @@ import pytest
 from cluster.config import AppSettings
 from cluster.lora.affinity import view
 from cluster.messages import AdapterRef, GenerateRequest, Mixture, SamplingParams
-from deployments.adapter_shard import AdapterShard
-from deployments.base_replica import BaseReplica
-from deployments.coordinator import Coordinator
+from deployments.replica.base_replica import BaseReplica
+from deployments.shards.adapter_shard import AdapterShard
+from deployments.shards.coordinator import Coordinator
 from tests.serving.local import LocalHandle
 
 pytestmark = pytest.mark.anyio

@@ -28,10 +28,10 @@ from cluster.messages import (
     Mixture,
     SamplingParams,
 )
-from deployments.adapter_shard import TooLarge
 from deployments.application import APPLICATION_NAME
 from deployments.protos import zephyra_pb2 as pb
 from deployments.protos.zephyra_pb2_grpc import ZephyraStub
+from deployments.shards.adapter_shard import TooLarge
 from tests.nano import CONTEXT_TOKENS, nano_base, publish_adapter, publish_router
 from tests.serving.bad_input import BAD_REQUESTS, check_sentence
 

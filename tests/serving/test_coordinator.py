@@ -17,8 +17,8 @@ from cluster.errors import AdapterUnavailable, CorruptArtifact, UnknownDomain
 from cluster.lora.packed_adapter import pack
 from cluster.lora.placement import owners_of, shard_of
 from cluster.messages import AdapterRef
-from deployments.adapter_shard import AdapterShard, Fetched, TooLarge
-from deployments.coordinator import Coordinator
+from deployments.shards.adapter_shard import AdapterShard, Fetched, TooLarge
+from deployments.shards.coordinator import Coordinator
 from tests.nano import DOMAINS
 from tests.serving.local import GoneHandle, LocalHandle
 from tests.serving.virtual_time import run
@@ -246,7 +246,8 @@ async def test_what_a_living_shard_holds_does_not_wait_for_a_gone_one(root):
 
 def test_a_shard_imports_neither_torch_nor_ray():
     """What makes it quick to come back."""
-    code = "import sys, deployments.adapter_shard; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    heavy = {"torch", "ray", "transformers"}
+    code = f"import sys, deployments.shards.adapter_shard; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

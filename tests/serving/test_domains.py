@@ -24,7 +24,7 @@ from cluster.lora.packed_adapter import pack
 from cluster.messages import AdapterRef, ClientRequest, Mixture, SamplingParams
 from cluster.router.tiny_ada import TinyAda
 from deployments.cli import app
-from deployments.domains import Domains
+from deployments.domains.operations import Domains
 from deployments.router import Router
 from tests.nano import DOMAINS, nano_base, publish_adapter
 from tests.serving.handed_in import REFUSED, TAX

@@ -11,7 +11,7 @@ import pytest
 from cluster.errors import (
     PeerRefused,
 )
-from deployments import domains_grpc as wire
+from deployments.api import domains_grpc as wire
 from deployments.protos import zephyra_pb2 as pb
 from tests.serving.handed_in import (
     TAX,
@@ -99,5 +99,5 @@ async def test_changes_may_be_turned_off(taught_root: Path, temp: Path, adapter:
 
 
 def test_the_gateway_does_not_import_torch() -> None:
-    code = "import sys, deployments.ingress; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, deployments.api.ingress; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

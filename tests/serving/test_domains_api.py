@@ -22,8 +22,8 @@ from cluster.errors import (
 )
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog
-from deployments import domains_grpc as wire
-from deployments.domains import Domains
+from deployments.api import domains_grpc as wire
+from deployments.domains.operations import Domains
 from deployments.protos import zephyra_pb2 as pb
 from tests.nano import DOMAINS
 from tests.serving.handed_in import (

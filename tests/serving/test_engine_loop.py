@@ -11,7 +11,7 @@ from cluster.errors import AdapterUnavailable, IncompatibleAdapter, PromptTooLon
 from cluster.lora.packed_adapter import pack
 from cluster.lora.peft_format import unpack
 from cluster.messages import AdapterRef, FinishReason, GenerateRequest, Mixture, SamplingParams
-from deployments.engine_loop import EngineLoop
+from deployments.replica.engine_loop import EngineLoop
 from tests.nano import nano_base, publish_adapter
 
 pytestmark = pytest.mark.anyio

@@ -19,8 +19,8 @@ from cluster.messages import (
     SamplingParams,
     TokenChunk,
 )
-from deployments.base_replica import BaseReplica
-from deployments.gateway import Gateway
+from deployments.api.gateway import Gateway
+from deployments.replica.base_replica import BaseReplica
 from deployments.router import Router
 from tests.nano import DOMAINS, publish_adapter, publish_router
 from tests.serving.local import GoneHandle, LocalHandle, WordRouter, local_system

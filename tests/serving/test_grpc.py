@@ -8,7 +8,7 @@ import pytest
 
 from cluster.errors import PeerRefused, ZephyraError
 from cluster.messages import ChatMessage, ClientRequest, Role, SamplingParams
-from deployments import grpc_api
+from deployments.api import grpc_api
 from deployments.protos import zephyra_pb2 as pb
 from tests.serving.bad_input import BAD_REQUESTS, check_sentence
 from tests.serving.http_client import client_of

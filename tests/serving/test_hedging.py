@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.hedging import Pace, race
+from deployments.shards.hedging import Pace, race
 from tests.serving.virtual_time import run
 
 TIMEOUT_S, DELAY_S = 10.0, 1.0

@@ -9,8 +9,8 @@ import pytest
 from cluster.errors import AdapterUnavailable, UnknownDomain
 from cluster.lora.packed_adapter import PackedAdapter
 from cluster.messages import AdapterRef
-from deployments.adapter_shard import Fetched
-from deployments.host_memory import HostMemory
+from deployments.replica.host_memory import HostMemory
+from deployments.shards.adapter_shard import Fetched
 from tests.serving.virtual_time import run
 
 ONE_BYTES = 10

@@ -7,9 +7,9 @@ import pytest
 
 from cluster.errors import DeadlineExceeded, Overloaded
 from cluster.messages import GenerateRequest, Mixture, SamplingParams
-from deployments.body_limit import MAX_BODY_BYTES
-from deployments.gateway import Gateway
-from deployments.openai_messages import CompletionBody
+from deployments.api.body_limit import MAX_BODY_BYTES
+from deployments.api.gateway import Gateway
+from deployments.api.openai_messages import CompletionBody
 from tests.nano import DOMAINS
 from tests.serving.bad_input import BAD_REQUESTS, check_sentence
 from tests.serving.http_client import HI, client_of, error_of, events

@@ -15,13 +15,13 @@ from cluster.lora.packed_adapter import pack
 from cluster.lora.peft_format import unpack
 from cluster.lora.placement import owners_of
 from cluster.messages import MAX_CO_BATCHED, AdapterRef, GenerateRequest, Mixture, SamplingParams
-from deployments import grpc_api
-from deployments.adapter_shard import AdapterShard
-from deployments.base_replica import BaseReplica
-from deployments.coordinator import Coordinator
-from deployments.gateway import Gateway
-from deployments.merger import MergedMixture, Merger, Wanted
+from deployments.api import grpc_api
+from deployments.api.gateway import Gateway
 from deployments.protos import zephyra_pb2 as pb
+from deployments.replica.base_replica import BaseReplica
+from deployments.shards.adapter_shard import AdapterShard
+from deployments.shards.coordinator import Coordinator
+from deployments.shards.merger import MergedMixture, Merger, Wanted
 from tests.nano import build_root, nano_base, publish_adapter
 from tests.serving.http_client import client_of
 from tests.serving.local import LocalHandle, WordRouter

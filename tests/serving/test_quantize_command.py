@@ -17,11 +17,11 @@ from cluster.lora.weights import adaptable_layers
 from cluster.messages import AdapterRef, GenerateRequest, Mixture, SamplingParams
 from cluster.model.base import encode_prompt, load_base
 from cluster.model.quantization import QuantizedLinear
-from deployments.adapter_shard import AdapterShard
-from deployments.base_folder import base_folder
-from deployments.base_replica import BaseReplica
 from deployments.cli import app
-from deployments.coordinator import Coordinator
+from deployments.replica.base_folder import base_folder
+from deployments.replica.base_replica import BaseReplica
+from deployments.shards.adapter_shard import AdapterShard
+from deployments.shards.coordinator import Coordinator
 from tests.model.shapes import with_dequantized_weights
 from tests.nano import nano_base
 from tests.serving.local import LocalHandle

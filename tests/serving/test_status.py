@@ -7,7 +7,7 @@ import pytest
 
 from cluster import errors
 from cluster.errors import PromptTooLong, UnknownDomain, UnknownModel, ZephyraError
-from deployments.status import STATUS, code_of, message_of, status_of
+from deployments.api.status import STATUS, code_of, message_of, status_of
 
 CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, ZephyraError)]
 

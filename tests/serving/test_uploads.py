@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import InvalidInput, Overloaded, PublisherUnavailable, UploadTooLarge
-from deployments.uploads import Uploads
+from deployments.domains.uploads import Uploads
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_there_are_so_many_at_once_and_idle_ones_make_room(temp: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_holds_is_not(temp: Path) -> None:
-    code = "import os, signal; from deployments.uploads import Uploads; uploads = Uploads(9); uploads.open()"
+    code = "import os, signal; from deployments.domains.uploads import Uploads; uploads = Uploads(9); uploads.open()"
     command = [sys.executable, "-c", f"{code}; os.kill(os.getpid(), signal.SIGKILL)"]
     subprocess.run(command, env={**os.environ, "TMPDIR": str(temp)}, check=False)
     living = Uploads(max_bytes=10)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.messages import FinishReason, TokenChunk, TokenLogprob
-from deployments.openai_messages import ChatBody, CompletionBody
+from deployments.api.openai_messages import ChatBody, CompletionBody
 
 Json = Mapping[str, Any]
 

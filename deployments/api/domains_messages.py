@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.errors import InvalidInput
-from deployments.domain_info import DomainChange, DomainHistory, DomainInfo, DomainPage, NewDomain
+from deployments.domains.info import DomainChange, DomainHistory, DomainInfo, DomainPage, NewDomain
 
 Json = dict[str, Any]
 

@@ -20,14 +20,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from cluster.errors import Overloaded, ZephyraError
-from deployments.body_limit import BodyLimit
-from deployments.domains_http import domain_routes
-from deployments.domains_messages import AddBody, LoadBody, RollbackBody, UnloadBody
-from deployments.gateway import Answer, Gateway, Routing
-from deployments.openai_answers import Json, Reply
-from deployments.openai_messages import ChatBody, CompletionBody, RouteBody, sentence
-from deployments.remote_domains import RemoteDomains
-from deployments.status import code_of, message_of, status_of
+from deployments.api.body_limit import BodyLimit
+from deployments.api.domains_http import domain_routes
+from deployments.api.domains_messages import AddBody, LoadBody, RollbackBody, UnloadBody
+from deployments.api.gateway import Answer, Gateway, Routing
+from deployments.api.openai_answers import Json, Reply
+from deployments.api.openai_messages import ChatBody, CompletionBody, RouteBody, sentence
+from deployments.api.status import code_of, message_of, status_of
+from deployments.domains.remote_domains import RemoteDomains
 
 logger = logging.getLogger("ray.serve")
 

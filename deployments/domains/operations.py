@@ -39,7 +39,7 @@ from cluster.router.domain_prototypes import (
 )
 from cluster.router.examples import EXAMPLES_FILE, Examples
 from cluster.training.artifacts import publish_for_base, trained_router
-from deployments.domain_info import DomainChange, DomainHistory, DomainInfo, DomainPage
+from deployments.domains.info import DomainChange, DomainHistory, DomainInfo, DomainPage
 
 _READERS = 16
 

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
 from cluster.errors import DeadlineExceeded, InvalidInput, UploadTooLarge
-from deployments.body_limit import MAX_BODY_BYTES
-from deployments.domain_info import DomainChange, DomainHistory, DomainInfo, DomainPage, NewDomain
-from deployments.domains_http import MAX_PAGE, PAGE
-from deployments.grpc_api import check_peer, errors_to
+from deployments.api.body_limit import MAX_BODY_BYTES
+from deployments.api.domains_http import MAX_PAGE, PAGE
+from deployments.api.grpc_api import check_peer, errors_to
+from deployments.domains.info import DomainChange, DomainHistory, DomainInfo, DomainPage, NewDomain
+from deployments.domains.remote_domains import RemoteDomains, RemoteUpload
+from deployments.domains.uploads import EXAMPLES_JSON, FILE_OF_FIELD, IDLE_S
 from deployments.protos import zephyra_pb2 as pb
-from deployments.remote_domains import RemoteDomains, RemoteUpload
-from deployments.uploads import EXAMPLES_JSON, FILE_OF_FIELD, IDLE_S
 
 
 async def list_domains(

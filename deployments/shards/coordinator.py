@@ -13,10 +13,10 @@ from cluster.errors import AdapterUnavailable, ZephyraError
 from cluster.lora.placement import owners_of
 from cluster.messages import AdapterRef
 from deployments import calls
-from deployments.adapter_shard import Fetched
-from deployments.hedging import Pace, race
-from deployments.joined import Joined
-from deployments.merger import MergedMixture, Merger, Wanted
+from deployments.shards.adapter_shard import Fetched
+from deployments.shards.hedging import Pace, race
+from deployments.shards.joined import Joined
+from deployments.shards.merger import MergedMixture, Merger, Wanted
 
 SHARD_WAIT_S = 1.0
 """Copies that give no adapter for so long are taken to be away; Serve starts a shard anew within seconds."""

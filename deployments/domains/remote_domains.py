@@ -10,7 +10,7 @@ from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from cluster.config import AppSettings
 from cluster.errors import PeerRefused, PublisherUnavailable
 from deployments import calls
-from deployments.domain_info import DomainChange, DomainHistory, DomainPage, NewDomain
+from deployments.domains.info import DomainChange, DomainHistory, DomainPage, NewDomain
 
 CHUNK_BYTES = 2**20
 _READ_WAIT_S, _CHUNK_WAIT_S, _CHANGE_WAIT_S = 30.0, 60.0, 300.0

@@ -17,8 +17,8 @@ from cluster.lora.certificate import Certificate
 from cluster.lora.merging import merged_ref
 from cluster.messages import MAX_CO_BATCHED, AdapterRef, GenerateRequest, MergeReport, Mixture
 from deployments import calls
-from deployments.adapter_shard import Fetched
-from deployments.merger import MERGE_WAIT_S, MergedMixture, Wanted
+from deployments.shards.adapter_shard import Fetched
+from deployments.shards.merger import MERGE_WAIT_S, MergedMixture, Wanted
 
 _CERTIFICATES, _CERTIFICATE_BYTES = 2**16, 1
 """So many are remembered, more than merged adapters fit in any slot bank."""

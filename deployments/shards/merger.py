@@ -19,8 +19,8 @@ from cluster.lora.merge_plan import LayerShares, Method, plan
 from cluster.lora.packed_adapter import PackedAdapter
 from cluster.messages import AdapterRef, Mixture
 from deployments import calls
-from deployments.adapter_shard import Entries
-from deployments.joined import Joined
+from deployments.shards.adapter_shard import Entries
+from deployments.shards.joined import Joined
 
 if TYPE_CHECKING:
     from cluster.lora.merging import Merged

@@ -21,9 +21,9 @@ from cluster.messages import (
     TokenChunk,
     TokenLogprob,
 )
-from deployments.gateway import BASE_MODEL, ROUTED_MODEL, Gateway, Routing
+from deployments.api.gateway import BASE_MODEL, ROUTED_MODEL, Gateway, Routing
+from deployments.api.status import message_of, status_of
 from deployments.protos import zephyra_pb2 as pb
-from deployments.status import message_of, status_of
 
 logger = logging.getLogger("ray.serve")
 

@@ -12,9 +12,9 @@ from cluster.config import AppSettings, absolute
 from cluster.errors import InvalidInput
 from cluster.lora.artifacts import Store
 from cluster.router.examples import MAX_EXAMPLES_BYTES, Examples
-from deployments.domain_info import DomainChange, DomainHistory, DomainPage, NewDomain
-from deployments.domains import Domains
-from deployments.uploads import EXAMPLES_JSON, EXAMPLES_TEXT, Uploads
+from deployments.domains.info import DomainChange, DomainHistory, DomainPage, NewDomain
+from deployments.domains.operations import Domains
+from deployments.domains.uploads import EXAMPLES_JSON, EXAMPLES_TEXT, Uploads
 
 T = TypeVar("T")
 

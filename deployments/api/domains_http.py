@@ -12,9 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from cluster.errors import DeadlineExceeded, InvalidInput
-from deployments.body_limit import UPLOAD_PATH
-from deployments.domain_info import DomainChange, NewDomain
-from deployments.domains_messages import (
+from deployments.api.body_limit import UPLOAD_PATH
+from deployments.api.domains_messages import (
     FORM_SCHEMA,
     AddBody,
     Json,
@@ -27,9 +26,10 @@ from deployments.domains_messages import (
     one_generation,
     page_json,
 )
-from deployments.loopback import check_local
-from deployments.remote_domains import CHUNK_BYTES, RemoteDomains, RemoteUpload
-from deployments.uploads import EXAMPLES_JSON, EXAMPLES_TEXT, FILE_OF_FIELD, IDLE_S
+from deployments.api.loopback import check_local
+from deployments.domains.info import DomainChange, NewDomain
+from deployments.domains.remote_domains import CHUNK_BYTES, RemoteDomains, RemoteUpload
+from deployments.domains.uploads import EXAMPLES_JSON, EXAMPLES_TEXT, FILE_OF_FIELD, IDLE_S
 
 PAGE, MAX_PAGE = 100, 1000
 

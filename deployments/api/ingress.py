@@ -7,11 +7,12 @@ from fastapi import FastAPI
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
 from cluster.config import AppSettings
-from deployments import calls, domains_grpc, grpc_api
-from deployments.gateway import Gateway
-from deployments.openai_api import build_api
+from deployments import calls
+from deployments.api import domains_grpc, grpc_api
+from deployments.api.gateway import Gateway
+from deployments.api.openai_api import build_api
+from deployments.domains.remote_domains import RemoteDomains
 from deployments.protos import zephyra_pb2 as pb
-from deployments.remote_domains import RemoteDomains
 
 
 class Ingress(Gateway):

@@ -7,10 +7,10 @@ import typer
 
 from cluster.errors import InvalidInput
 from cluster.router.examples import MAX_EXAMPLES_BYTES, Examples
-from deployments.command_line import console, errors_told, root_or_bucket
+from deployments.commands.command_line import console, errors_told, root_or_bucket
 
 if TYPE_CHECKING:
-    from deployments.domains import Domains
+    from deployments.domains.operations import Domains
 
 app = typer.Typer(no_args_is_help=True, help="The domains of a system, served or not.")
 
@@ -26,7 +26,7 @@ _Expected = Annotated[
 @app.command("list")
 def list_domains(root: _Root = None) -> None:
     """Every domain: version, rank, size, what the router knows of it, tags."""
-    from deployments.domains_report import print_domains
+    from deployments.commands.domains_report import print_domains
 
     with errors_told():
         print_domains(_domains(root).all(), console)
@@ -35,7 +35,7 @@ def list_domains(root: _Root = None) -> None:
 @app.command()
 def show(name: _Name, root: _Root = None) -> None:
     """One domain with all its versions and the files of the current one."""
-    from deployments.domains_report import print_history
+    from deployments.commands.domains_report import print_history
 
     with errors_told():
         print_history(_domains(root).show(name), console)
@@ -112,7 +112,7 @@ def tag(
 def _domains(root: str | None) -> "Domains":
     # Here, so that --help does not wait for torch.
     from cluster.lora.artifacts import Store
-    from deployments.domains import Domains
+    from deployments.domains.operations import Domains
 
     place = root_or_bucket(root)
     if isinstance(place, Path) and not place.is_dir():

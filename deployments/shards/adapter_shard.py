@@ -21,11 +21,11 @@ from cluster.lora.merge_plan import LayerShares
 from cluster.lora.packed_adapter import TENSORS_FILE, PackedAdapter, pack
 from cluster.lora.parts import LayerProjection, Part, Scaled
 from cluster.messages import AdapterRef
-from deployments.joined import Joined
+from deployments.shards.joined import Joined
 
 if TYPE_CHECKING:
     from cluster.lora.sketching import Ask, Sums
-    from deployments.mixture_share import Share
+    from deployments.shards.mixture_share import Share
 
 SHARD_BYTES = 2**30
 """Adapters that a shard keeps mapped, so that they are not checked again; what was used longest ago goes first."""
@@ -127,6 +127,6 @@ class AdapterShard:
 def _worked(
     work: Callable[["Share"], T], files: Sequence[Path], packed: Sequence[PackedAdapter], weights: Sequence[float]
 ) -> T:
-    from deployments.mixture_share import Share
+    from deployments.shards.mixture_share import Share
 
     return work(Share(files, packed, weights))

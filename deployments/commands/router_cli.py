@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from cluster.config import StageSettings
-from deployments.command_line import STARTER, console, errors_told, root_and_data, root_of, run_stage, stage_settings
+from deployments.commands.command_line import (
+    STARTER,
+    console,
+    errors_told,
+    root_and_data,
+    root_of,
+    run_stage,
+    stage_settings,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Tiny ada, the router, alone.")
 
@@ -52,7 +60,7 @@ def evaluate(
     from cluster.training.data import read_data
     from cluster.training.router_evaluation import evaluate_router
     from cluster.training.stage_router import router_rows
-    from deployments.router_report import print_router_report
+    from deployments.commands.router_report import print_router_report
 
     with errors_told():
         place, folder = root_and_data(root, data)
@@ -75,7 +83,7 @@ def explain(
     from cluster.lora.catalog import Catalog
     from cluster.router.explanation import explain as ask
     from cluster.training.artifacts import published_router
-    from deployments.router_report import print_explanation
+    from deployments.commands.router_report import print_explanation
 
     with errors_told():
         place = root_of(root)

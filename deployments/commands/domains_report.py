@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deployments.domain_info import DomainHistory, DomainInfo
+from deployments.domains.info import DomainHistory, DomainInfo
 
 
 def print_domains(infos: Sequence[DomainInfo], console: Console) -> None:

@@ -19,11 +19,11 @@ from cluster.lora.weights import AdapterWeights
 from cluster.messages import AdapterRef, GenerateRequest, TokenChunk
 from cluster.model.base import load_base, saved_dtype
 from deployments import calls
-from deployments.adapter_shard import Fetched, TooLarge
-from deployments.base_folder import base_folder
-from deployments.engine_loop import EngineLoop, Loaded
-from deployments.host_memory import HostMemory
-from deployments.merged_mixtures import MergedMixtures
+from deployments.replica.base_folder import base_folder
+from deployments.replica.engine_loop import EngineLoop, Loaded
+from deployments.replica.host_memory import HostMemory
+from deployments.replica.merged_mixtures import MergedMixtures
+from deployments.shards.adapter_shard import Fetched, TooLarge
 
 COORDINATOR_WAIT_S = 5.0
 """Longer than the coordinator waits for a shard and than Serve takes to replace a coordinator that died."""

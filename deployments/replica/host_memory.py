@@ -15,7 +15,7 @@ from cluster.errors import AdapterUnavailable, ZephyraError
 from cluster.lora.byte_lru import ByteLru
 from cluster.lora.packed_adapter import PackedAdapter
 from cluster.messages import AdapterRef
-from deployments.adapter_shard import Fetched
+from deployments.shards.adapter_shard import Fetched
 
 logger = logging.getLogger("ray.serve")
 

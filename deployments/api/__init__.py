@@ -1,0 +1,1 @@
+"""The entrance: both wires, what they translate, and the Gateway behind them."""

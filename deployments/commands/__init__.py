@@ -1,0 +1,1 @@
+"""What `zephyra` prints and asks on a terminal."""

@@ -1,0 +1,1 @@
+"""A base replica: its engine in a thread of its own, the adapters it holds, and how requests choose one."""

@@ -1,0 +1,1 @@
+"""Where adapters lie: the shards, and the coordinator that asks and merges them."""
