@@ -24,7 +24,7 @@ from cluster.engine.engine import EngineStats
 from cluster.lora.packed_adapter import PackedAdapter
 from cluster.messages import AdapterRef
 from deployments import calls
-from deployments.application import APPLICATION_NAME
+from deployments.application import APPLICATION_NAME, ONE_LOOP
 from deployments.cluster import HOST, Ports, serving
 from deployments.shards.coordinator import Coordinator
 
@@ -75,7 +75,8 @@ class ServedRoot:
 
     def time_fetches(self, refs: Sequence[AdapterRef], num_shards: int, num_fetches: int) -> list[float]:
         """Seconds that a coordinator of its own, in its own process, takes to fetch all of `refs`, time after time."""
-        timed = serve.deployment(name="TimedCoordinator", ray_actor_options={"num_cpus": 0.1})(TimedCoordinator)
+        options = {"num_cpus": 0.1, "runtime_env": {"env_vars": ONE_LOOP}}
+        timed = serve.deployment(name="TimedCoordinator", ray_actor_options=options)(TimedCoordinator)
         handle = serve.run(timed.bind(num_shards), name="timed", route_prefix=None)
         times_s: list[float] = handle.time_fetches.remote(tuple(refs), num_fetches).result(timeout_s=10 * _TIMEOUT_S)
         serve.delete("timed")

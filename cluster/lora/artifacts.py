@@ -91,6 +91,10 @@ class Store:
         """Have `write` fill a new folder and publish it below `parent`; the number it got. Complete or absent."""
         return self.storage.write_version(parent, write)
 
+    def discard_adapter(self, ref: AdapterRef) -> None:
+        """Make a version that never was published one that was never written: nobody can roll back to it."""
+        self.storage.discard_version(adapter_name(ref))
+
 
 def adapter_name(ref: AdapterRef) -> str:
     """Where an adapter lies below the root."""

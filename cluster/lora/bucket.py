@@ -92,6 +92,10 @@ class BucketStorage:
             self._upload(draft, f"{parent}/{version}")
             return version
 
+    def discard_version(self, name: str) -> None:
+        with _answering(self._location):
+            obstore.delete(self._store, f"{check_name(name)}/{CHECKSUMS}")
+
     def folder(self, name: str) -> Path:
         folder = self._cache / check_name(name)
         if not folder.is_dir():

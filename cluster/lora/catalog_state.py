@@ -125,8 +125,11 @@ class Change:
         for domain, tags in self.tags.items():
             if domain not in present:
                 raise UnknownDomain(f"There is no domain {domain!r} to tag a version of.")
-            for tag in tags:
+            for tag, version in tags.items():
                 check_tag(tag)
+                if version is None and tag not in state.tags.get(domain, {}):
+                    known = ", ".join(sorted(state.tags.get(domain, {}))) or "none"
+                    raise UnknownDomain(f"{domain!r} has no tag {tag!r} to take away; its tags are: {known}.")
 
     def apply(self, state: CatalogState) -> CatalogState:
         """The state after this change; a new base withdraws the adapters and the router, which belong to the old.

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from cluster.config import Root
 from cluster.errors import CorruptArtifact, InvalidInput
-from cluster.lora.checksums import check_name, write_checksums
+from cluster.lora.checksums import CHECKSUMS, check_name, write_checksums
 
 
 class Storage(Protocol):
@@ -38,6 +38,9 @@ class Storage(Protocol):
 
         Whatever goes wrong in `write` leaves the root as it was. Two writers at once get different numbers.
         """
+
+    def discard_version(self, name: str) -> None:
+        """Make a version that was never in the catalog count as not written; its number is not given again."""
 
     def folder(self, name: str) -> Path:
         """The local folder of a version, on a bucket fetched on first use. Raises `FileNotFoundError`."""
@@ -113,6 +116,9 @@ class LocalStorage:
 
     def write_version(self, parent: str, write: Callable[[Path], None]) -> int:
         return write_version(self.path(parent), write)
+
+    def discard_version(self, name: str) -> None:
+        (self.path(name) / CHECKSUMS).unlink()
 
     def folder(self, name: str) -> Path:
         path = self.path(name)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from cluster.errors import (
+    CatalogConflict,
     CorruptArtifact,
     IncompatibleAdapter,
     InvalidAdapter,
@@ -33,11 +34,12 @@ from cluster.model.base import fingerprint, load_base, skeleton
 from cluster.router.assembly import RouterAssembly
 from cluster.router.data_free import as_examples, words_of_adapter
 from cluster.router.domain_prototypes import (
+    MAX_PROTOTYPES_BYTES,
     PROTOTYPES_FILE,
     DomainPrototypes,
     prototypes_from_examples,
 )
-from cluster.router.examples import EXAMPLES_FILE, Examples
+from cluster.router.examples import EXAMPLES_FILE, MAX_EXAMPLES_BYTES, Examples
 from cluster.training.artifacts import publish_for_base, trained_router
 from deployments.domains.info import DomainChange, DomainHistory, DomainInfo, DomainPage
 
@@ -82,8 +84,8 @@ class Domains:
         """Publish the adapter in `adapter`, a folder that PEFT saved, as the next version of `name`.
 
         The router learns the domain from `examples`, and of their topics, if they have some; without any, from words of
-        the adapter if `is_data_free`, else not at all. Raises the `ZephyraError` that says what is wrong with any of
-        it, and then nothing has been published.
+        the adapter if `is_data_free`, else from the examples of the version before, if it has some. Raises the
+        `ZephyraError` that says what is wrong with any of it, and then nothing has been published.
         """
         check_domain_name(name)
         given = Examples.of(examples)
@@ -98,9 +100,15 @@ class Domains:
         packed, weights = _read(adapter, base)
         if is_data_free:
             given = Examples.of(_words(base, weights))
+        elif not given:
+            given = self._examples_before(state, name)
         prototypes = self._prototypes(state, name, given, is_data_free) if given else None
         change = self._write(name, packed, given, prototypes)
-        generation = self._publish(change, state, expected_generation)
+        try:
+            generation = self._publish(change, state, expected_generation)
+        except CatalogConflict:
+            self._store.discard_adapter(AdapterRef(name, change.adapters[name]))
+            raise
         return DomainChange(name, change.adapters[name], generation)
 
     def remove(self, name: str, expected_generation: int | None = None) -> DomainChange:
@@ -146,6 +154,19 @@ class Domains:
         if not earlier:
             raise UnknownDomain(f"There is no version of {current.domain!r} before {current.version}.")
         return earlier[-1]
+
+    def _examples_before(self, state: CatalogState, name: str) -> Examples:
+        """What the current version was added from: prompts belong to a domain, whichever adapter answers them."""
+        if name not in state.prototypes:
+            return Examples()
+        ref = state.ref(name)
+        files = self._store.adapter_files(ref)
+        rows = self._store.adapter_file(ref, PROTOTYPES_FILE, files[PROTOTYPES_FILE].sha256, MAX_PROTOTYPES_BYTES)
+        # Words of an adapter belong to that adapter.
+        if EXAMPLES_FILE not in files or DomainPrototypes.from_bytes(rows).is_data_free:
+            return Examples()
+        content = self._store.adapter_file(ref, EXAMPLES_FILE, files[EXAMPLES_FILE].sha256, MAX_EXAMPLES_BYTES)
+        return Examples.from_bytes(content)
 
     def _write(
         self, name: str, packed: PackedAdapter, examples: Examples, prototypes: DomainPrototypes | None

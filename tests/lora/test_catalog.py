@@ -70,8 +70,8 @@ class Model:
             return Change(aliases={alias: domain})
         if kind < 0.5 and present:
             domain, tag, version = rng.choice(present), rng.choice(["stable", "next"]), rng.randint(1, 99)
-            if rng.random() < 0.4:
-                self.tags.setdefault(domain, {}).pop(tag, None)
+            if rng.random() < 0.4 and tag in self.tags.get(domain, {}):
+                del self.tags[domain][tag]
                 return Change(tags={domain: {tag: None}})
             self.tags.setdefault(domain, {})[tag] = version
             return Change(tags={domain: {tag: version}})
@@ -281,6 +281,7 @@ def test_names_of_domains_and_versions(tmp_path: Path) -> None:
         (Change(withdrawn=("sql",)), UnknownDomain, "no domain 'sql'"),
         (Change(tags={"law": {"3": 1}}), InvalidInput, "cannot be a tag"),
         (Change(tags={"sql": {"stable": 1}}), UnknownDomain, "no domain 'sql' to tag"),
+        (Change(tags={"law": {"newest": None}}), UnknownDomain, "'law' has no tag 'newest' to take away"),
         (Change(prototypes={"law": "0" * 64}), InvalidInput, "publish both at once"),
     ],
 )

@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 import yaml
 from ray._common.utils import import_attr
+from ray.serve._private import constants
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
@@ -14,7 +15,7 @@ from cluster.config import CHECKOUT, AppSettings, FetchSettings
 from cluster.errors import CorruptArtifact, InvalidInput, NotTrained, PortTaken
 from cluster.lora.catalog import Catalog, Change
 from deployments import app
-from deployments.application import bind, build, check_packages
+from deployments.application import ONE_LOOP, bind, build, check_packages
 from deployments.cluster import Ports, serving
 from deployments.protos import zephyra_pb2_grpc
 from tests.conftest import free_port
@@ -57,6 +58,14 @@ def test_settings_reach_the_deployments_they_are_for():
     on_gpus = deployments_of(bind(AppSettings(device="cuda", affinity_slack=None)))["BaseReplica"]._deployment_config
     assert on_gpus.max_surge_percent == 0
     assert on_gpus.request_router_config.is_default_request_router()
+
+
+def test_the_coordinator_has_one_loop_by_switches_that_ray_knows():
+    """An upgrade that drops one of them would cost a third of a fan-out and say nothing."""
+    deployments = deployments_of(bind(AppSettings()))
+    assert deployments["Coordinator"].ray_actor_options["runtime_env"] == {"env_vars": ONE_LOOP}
+    switches = {name: str(int(getattr(constants, name))) for name in ONE_LOOP}
+    assert switches == dict.fromkeys(ONE_LOOP, "1")
 
 
 def test_serve_run_takes_the_builder_with_strings_for_arguments(root):

@@ -118,6 +118,42 @@ def test_names_generations_and_roots_are_checked(
         Domains(Store(tmp_path / "empty")).add("tax", adapter)
 
 
+def test_a_new_version_without_examples_is_routed_as_the_one_before(adapter: Path, domains: Domains) -> None:
+    store = domains._store
+    domains.add("tax", adapter, TAX)
+    before = Catalog(store).load()
+    domains.add("tax", adapter)
+    assert (after := Catalog(store).load()).adapters["tax"] == 2
+    assert after.prototypes == before.prototypes
+    domains.add("guessed", adapter, is_data_free=True)
+    domains.add("guessed", adapter)
+    assert "guessed" not in Catalog(store).load().prototypes, "words of the adapter before say nothing of this one"
+
+
+class RacedStore(Store):
+    """Another publisher is quicker, between what is written and what is published."""
+
+    def write_version(self, parent: str, write: Callable[[Path], None]) -> int:
+        version = super().write_version(parent, write)
+        other = Catalog(Store(self.storage))
+        other.publish(Change(aliases={f"other-{other.latest()}": "law"}))
+        return version
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_who_lost_a_race_leaves_no_version_to_roll_back_to(
+    own_root: Path, adapter: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    root = own_root if kind == "folder" else in_bucket(own_root, request.getfixturevalue("s3_root"))
+    domains = Domains(store := RacedStore(root))
+    with pytest.raises(CatalogConflict):
+        domains.add("law", adapter, TAX, expected_generation=Catalog(root).latest())
+    assert store.adapter_versions("law") == [1]
+    with pytest.raises(UnknownDomain, match="no adapter law@2"):
+        domains.rollback("law", 2)
+    assert domains.add("law", adapter, TAX).version == 3, "without a generation expected both are published"
+
+
 def test_a_rollback_brings_back_the_version_with_its_prototypes(
     own_root: Path, adapter: Path, domains: Domains
 ) -> None:
