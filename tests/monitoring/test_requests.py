@@ -31,6 +31,8 @@ from tests.nano import DOMAINS
 from tests.serving.http_client import client_of, error_of
 from tests.serving.local import local_system
 
+pytestmark = pytest.mark.anyio
+
 
 @pytest.fixture
 async def system(root):
