@@ -1,7 +1,7 @@
 """A trained root served on this machine, with its dashboard and its metrics: what commands on whole systems share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,6 @@ def served_system(root: Path, **settings: Any) -> Iterator[ServedSystem]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ports = Ports(http=free_port(), grpc=free_port(), dashboard=free_port())
     with serving(AppSettings(root=str(root), **settings), ports, quiet=True, num_cpus=16):
-        metrics = tuple(
-            f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes()
-        )
+        nodes: Callable[[], list[dict[str, Any]]] = ray.nodes  # Ray leaves it untyped
+        metrics = tuple(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes())
         yield ServedSystem(f"http://{HOST}:{ports.http}", f"http://{HOST}:{ports.dashboard}", metrics)

@@ -151,7 +151,7 @@ class Gateway:
         routing_ms = (time.perf_counter() - start_s) * 1000
         request_id = uuid.uuid4().hex
         routing = Routing(self._current(decision.weights), decision.probabilities, routing_ms, request_id=request_id)
-        self.monitor.decided(request_id, routing.mixture, decision.probabilities, routing_ms)
+        self.monitor.decided(request_id, decision, routing_ms)
         return routing
 
     async def _decision(self, turns: list[str]) -> RoutingDecision:

@@ -1,11 +1,11 @@
 """How right the router is: its decisions beside the domains that were right, and what its confidence is worth."""
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.errors import UnknownRequest
-from cluster.messages import NONE_DOMAIN
+from cluster.messages import NONE_DOMAIN, RoutingDecision
 from deployments.monitoring.metrics import ACCURACY, CALIBRATION, DomainLabels, Sink
 
 MAX_REMEMBERED = 10_000
@@ -27,9 +27,10 @@ class Decided:
     """The probability that it gave to that domain."""
 
     @classmethod
-    def of(cls, weights: Mapping[str, float], probabilities: Mapping[str, float]) -> "Decided":
+    def of(cls, decision: RoutingDecision) -> "Decided":
+        weights = decision.weights
         domain = max(weights, key=weights.__getitem__) if weights else NONE_DOMAIN
-        return cls(domain, probabilities.get(domain, 0.0))
+        return cls(domain, decision.probabilities.get(domain, 0.0))
 
 
 @dataclass(frozen=True, slots=True)

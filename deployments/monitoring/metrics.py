@@ -6,7 +6,7 @@ Times are seconds. Domains become labels through `DomainLabels`, so that the num
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from ray.serve import metrics
 
@@ -69,6 +69,7 @@ PER_TOKEN = _histogram("time_per_token_seconds", "Between tokens, the mean of an
 MIXTURE_SIZE = _histogram("mixture_size", "Adapters that answer together.", (0.5, 1, 2, 3, 8, 64, 1024), "domain")
 ABSTENTIONS = _counter("abstentions", "Prompts routed to none, by the domain that was likeliest.", "domain")
 ROUTING = _histogram("routing_seconds", "Asking the router, the way there and back included.", _FROM_A_TENTH)
+ROUTING_COMPUTE = _histogram("routing_compute_seconds", "Scoring a prompt, inside the router.", _FROM_A_TENTH)
 ROUTING_SHARE = _histogram("routing_share", "Share of the time to first token spent in routing.", _SHARES)
 ACCURACY = _gauge("routing_accuracy", "Share of routing decisions that were right.", "domain", "source")
 CALIBRATION = _gauge("routing_calibration_error", "Mean distance between confidence and accuracy.", "source")
@@ -112,13 +113,15 @@ class RaySink:
 
 
 def _made(metric: Metric) -> Any:
+    # Ray annotates a tuple of one, and takes any.
+    tags = cast("tuple[str]", metric.tags)
     match metric.kind:
         case Kind.COUNTER:
-            return metrics.Counter(metric.name, metric.description, metric.tags)
+            return metrics.Counter(metric.name, metric.description, tags)
         case Kind.GAUGE:
-            return metrics.Gauge(metric.name, metric.description, metric.tags)
+            return metrics.Gauge(metric.name, metric.description, tags)
         case Kind.HISTOGRAM:
-            return metrics.Histogram(metric.name, metric.description, list(metric.buckets), metric.tags)
+            return metrics.Histogram(metric.name, metric.description, list(metric.buckets), tags)
 
 
 MAX_DOMAIN_LABELS = 50

@@ -1,11 +1,11 @@
 """What the Gateway tells of requests: counted while they run, recorded once, when they end."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cluster.errors import ZephyraError
-from cluster.messages import NONE_DOMAIN, Mixture, TokenChunk
+from cluster.messages import NONE_DOMAIN, Mixture, RoutingDecision, TokenChunk
 from deployments.monitoring.accuracy import Accuracy, Decided, Judged, RecentDecisions
 from deployments.monitoring.metrics import (
     ABSTENTIONS,
@@ -16,6 +16,7 @@ from deployments.monitoring.metrics import (
     PER_TOKEN,
     REQUESTS,
     ROUTING,
+    ROUTING_COMPUTE,
     ROUTING_SHARE,
     TOKENS,
     DomainLabels,
@@ -41,14 +42,15 @@ class Monitor:
         """A request has come."""
         return Watch(self)
 
-    def decided(self, request_id: str, mixture: Mixture, probabilities: Mapping[str, float], routing_ms: float) -> None:
-        """The router has decided."""
+    def decided(self, request_id: str, decision: RoutingDecision, routing_ms: float) -> None:
+        """The router has decided; asking it took `routing_ms`."""
         self.sink.record(ROUTING, routing_ms / 1000)
-        decided = Decided.of({ref.domain: weight for ref, weight in mixture.entries}, probabilities)
-        self._recent.remember(request_id, decided)
-        likeliest = max((name for name in probabilities if name != NONE_DOMAIN), key=probabilities.get, default=None)
-        if not mixture.entries:
-            self.sink.record(ABSTENTIONS, 1, domain=BASE if likeliest is None else self.labels.of(likeliest))
+        self.sink.record(ROUTING_COMPUTE, decision.compute_ms / 1000)
+        self._recent.remember(request_id, Decided.of(decision))
+        if not decision.weights:
+            domains = {name: value for name, value in decision.probabilities.items() if name != NONE_DOMAIN}
+            likeliest = self.labels.of(max(domains, key=domains.__getitem__)) if domains else BASE
+            self.sink.record(ABSTENTIONS, 1, domain=likeliest)
 
     def feedback(self, request_id: str, right: str) -> Judged:
         """Somebody says which domain was right. Raises `UnknownRequest`."""

@@ -81,7 +81,7 @@ class Prober:
             batch = probes[first : first + _BATCH]
             decisions = await self._route([probe.prompt for probe in batch])
             for probe, decision in zip(batch, decisions, strict=True):
-                judged.append(Judged(Decided.of(decision.weights, decision.probabilities), probe.domain))
+                judged.append(Judged(Decided.of(decision), probe.domain))
         self._accuracy.replace(judged)
         return len(judged)
 

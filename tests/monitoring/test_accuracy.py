@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.router_metrics import calibration_error as reference_calibration_error
 from cluster.errors import UnknownRequest
-from cluster.messages import AdapterRef, Mixture
+from cluster.messages import RoutingDecision
 from deployments.monitoring.accuracy import WINDOW, Accuracy, Decided, Judged, RecentDecisions, calibration_error
 from deployments.monitoring.metrics import (
     ABSTENTIONS,
@@ -14,6 +14,8 @@ from deployments.monitoring.metrics import (
     FEEDBACK,
     MAX_DOMAIN_LABELS,
     OTHER,
+    ROUTING,
+    ROUTING_COMPUTE,
     DomainLabels,
 )
 from deployments.monitoring.monitor import Monitor
@@ -58,10 +60,14 @@ def test_a_decision_is_judged_once_and_only_the_last_are_remembered():
 def test_the_monitor_knows_what_was_decided_and_who_was_turned_away():
     ledger = Ledger()
     monitor = Monitor(ledger)
-    mixture = Mixture.of({AdapterRef("law", 3): 0.75, AdapterRef("math", 1): 0.25})
-    monitor.decided("one", mixture, {"law": 0.7, "math": 0.2, "none": 0.1}, routing_ms=2.0)
-    monitor.decided("two", Mixture(), {"law": 0.1, "math": 0.2, "none": 0.7}, routing_ms=2.0)
-    monitor.decided("three", Mixture(), {"none": 1.0}, routing_ms=2.0)
+    decisions = {
+        "one": RoutingDecision({"law": 0.7, "math": 0.2, "none": 0.1}, {"law": 0.75, "math": 0.25}, compute_ms=0.5),
+        "two": RoutingDecision({"law": 0.1, "math": 0.2, "none": 0.7}, {}, compute_ms=0.5),
+        "three": RoutingDecision({"none": 1.0}, {}),
+    }
+    for request_id, decision in decisions.items():
+        monitor.decided(request_id, decision, routing_ms=2.0)
+    assert (ledger.sum(ROUTING), ledger.sum(ROUTING_COMPUTE)) == pytest.approx((0.006, 0.001))
     assert (ledger.sum(ABSTENTIONS, "math"), ledger.sum(ABSTENTIONS, "base")) == (1, 1)
     assert monitor.feedback("one", "law").is_right
     assert monitor.feedback("two", "none").is_right
