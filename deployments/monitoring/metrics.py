@@ -21,7 +21,7 @@ class Kind(Enum):
 
 _FROM_A_MILLISECOND = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _FROM_A_TENTH = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
-_SHARES = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
+_SHARES = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ FIRST_TOKEN = _histogram(
     "time_to_first_token_seconds", "From the request to its first token.", _FROM_A_MILLISECOND, "domain"
 )
 PER_TOKEN = _histogram("time_per_token_seconds", "Between tokens, the mean of an answer.", _FROM_A_TENTH, "domain")
-MIXTURE_SIZE = _histogram("mixture_size", "Adapters that answer together.", (0.5, 1, 2, 3, 8, 64, 1024), "domain")
+MIXTURE_SIZE = _counter("mixture_entries", "Adapters of all mixtures: over the requests, the mean size.", "domain")
 ABSTENTIONS = _counter("abstentions", "Prompts routed to none, by the domain that was likeliest.", "domain")
 ROUTING = _histogram("routing_seconds", "Asking the router, the way there and back included.", _FROM_A_TENTH)
 ROUTING_COMPUTE = _histogram("routing_compute_seconds", "Scoring a prompt, inside the router.", _FROM_A_TENTH)
