@@ -165,7 +165,7 @@ class Load:
 @contextmanager
 def served(root: Path, **settings: Any) -> Iterator[ServedRoot]:
     """A cluster of this machine that serves `root`, for as long as the context lasts."""
-    ports = Ports(http=_free_port(), grpc=_free_port(), dashboard=None)
+    ports = Ports(http=free_port(), grpc=free_port(), dashboard=None)
     with serving(AppSettings(root=str(root), **settings), ports, quiet=True, num_cpus=16):
         yield ServedRoot(f"http://{HOST}:{ports.http}")
 
@@ -184,7 +184,8 @@ def memory_of(deployment: str) -> dict[str, int]:
     return totals
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]

@@ -227,7 +227,13 @@ class AppSettings(_Settings):
     hedge_ms: float | None = Field(default=None, gt=0, le=60_000)
     """As `FetchSettings.hedge_ms`."""
     replicas: int = Field(default=1, ge=1, le=1024)
-    """Base replicas."""
+    """Base replicas; with `max_replicas`, the fewest."""
+    max_replicas: int | None = Field(default=None, ge=1, le=1024)
+    """Add base replicas while those there are busy, up to so many, and take them away again; by default never."""
+    upscale_delay_s: float = Field(default=10.0, ge=0, le=86_400)
+    """So long must they have been too few before one is added."""
+    downscale_delay_s: float = Field(default=120.0, ge=0, le=86_400)
+    """So long must they have been too many before one is taken away."""
     merge_rank: int = Field(default=64, ge=1, le=1024)
     """Rank of the one adapter that a mixture of more than eight is merged to."""
     affinity_slack: int | None = Field(default=8, ge=0, le=1_000_000)
@@ -246,6 +252,14 @@ class AppSettings(_Settings):
     adapter_folder: str | None = None
     """Callers may name a folder below this one instead of uploading an adapter; by default none may."""
     engine: EngineSettings = EngineSettings()
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, below replicas, {self.replicas}; expected at least as many"
+            )
+        return self
 
     def resolved_root(self) -> Root:
         """The root as an absolute path or a URI. A base inside a root (`R/base/1`) stands for that root."""

@@ -7,6 +7,7 @@
     │   └── UploadTooLarge      an adapter whose files exceed what may be uploaded
     ├── UnknownModel            a model name that is none of base, zephyra, zephyra:<domain>
     ├── UnknownDomain           a domain or a version of one that the catalog does not hold
+    ├── UnknownRequest          feedback on a request that is not remembered, or was judged before
     ├── IncompatibleAdapter     an adapter of another base, of wrong shapes, or of a kind that cannot be mixed exactly
     ├── CorruptArtifact         a file that is damaged, unsafe, or not what its name says
     │   └── InvalidAdapter      the same of an adapter that somebody hands in: theirs to mend, not ours
@@ -58,6 +59,10 @@ class UnknownModel(ZephyraError):
 
 class UnknownDomain(ZephyraError):
     """A domain, or a version of one, that the catalog does not hold."""
+
+
+class UnknownRequest(ZephyraError):
+    """Feedback on a request that is not remembered, or was judged before."""
 
 
 class IncompatibleAdapter(ZephyraError):

@@ -15,6 +15,7 @@ from cluster.errors import InvalidInput
 from deployments.api.ingress import Ingress
 from deployments.domains.publisher import Publisher
 from deployments.replica.affinity_router import router_config
+from deployments.replica.autoscaling import autoscaling_config
 from deployments.replica.base_folder import base_folder
 from deployments.replica.base_replica import BaseReplica
 from deployments.router import Router
@@ -57,9 +58,9 @@ def bind(settings: AppSettings) -> Application:
         BaseReplica,
         "BaseReplica",
         num_cpus=0.5,
-        num_replicas=settings.replicas,
         drain_s=settings.drain_s,
         num_gpus=int(settings.device == "cuda"),
+        **_num_replicas(settings),
         **(
             {} if settings.affinity_slack is None else {"request_router_config": router_config(settings.affinity_slack)}
         ),
@@ -74,6 +75,15 @@ def check_packages(imported: ModuleType = cluster) -> None:
     if getattr(imported, "DISTRIBUTION", None) != "zephyra":
         place = Path(imported.__file__ or "?").parent
         raise InvalidInput(f"The package 'cluster' in {place} is not Zephyra's; run from {CHECKOUT}, or remove it.")
+
+
+def _num_replicas(settings: AppSettings) -> dict[str, Any]:
+    if settings.max_replicas is None:
+        return {"num_replicas": settings.replicas}
+    config = autoscaling_config(
+        settings.replicas, settings.max_replicas, settings.upscale_delay_s, settings.downscale_delay_s
+    )
+    return {"autoscaling_config": config}
 
 
 def _shard_cpus(num_shards: int) -> float:

@@ -73,6 +73,11 @@ class EngineStats:
     num_preemptions: int
     num_evictions: int
 
+    @property
+    def kv_used_share(self) -> float:
+        """Of all blocks, those that something running holds."""
+        return 1 - self.num_free_kv_blocks / self.num_kv_blocks if self.num_kv_blocks else 0.0
+
 
 class Engine:
     """Continuous batching over sequences with different mixtures."""

@@ -46,6 +46,11 @@ def merged_ref(mixture: Mixture, rank: int, dtype: torch.dtype) -> AdapterRef:
     return AdapterRef(_MERGED_PREFIX + digest, rank)
 
 
+def is_merged(ref: AdapterRef) -> bool:
+    """Whether `ref` was made by `merged_ref`."""
+    return ref.domain.startswith(_MERGED_PREFIX)
+
+
 def share_sums(
     adapters: Sequence[AdapterWeights], weights: Sequence[float], layers: Sequence[str] | None = None
 ) -> Iterator[tuple[str, WeightedSum]]:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.config import Root
 from cluster.errors import DeadlineExceeded, InvalidMixture, ReplicaLost, RouterUnavailable, UnknownDomain, UnknownModel
@@ -29,6 +30,8 @@ from cluster.messages import (
 )
 from deployments import calls
 from deployments.catalog_follower import CatalogFollower
+from deployments.monitoring.monitor import Monitor, Watch
+from deployments.monitoring.probes import Prober
 
 ROUTER_WAIT_S = 5.0
 """Longer than Serve takes to replace a router that died."""
@@ -53,6 +56,8 @@ class Routing:
     """What asking the router took, the way there and back included; 0 when it was not asked."""
     merged: MergeReport | None = None
     """As `TokenChunk.merged`, of an answer; None where each adapter answers as it is."""
+    request_id: str = ""
+    """By which a client may later say which domain was right; empty when the router was not asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +76,24 @@ class Answer:
     (`contextlib.aclosing`): closing it early takes all its sequences out of the batch.
     """
 
-    def __init__(self, routing: Routing, first: Piece, rest: AsyncGenerator[Piece, None]) -> None:
+    def __init__(self, routing: Routing, first: Piece, rest: AsyncGenerator[Piece, None], watch: Watch) -> None:
         self.routing = routing
         self._first = first
         self._rest = rest
+        self._watch = watch
+        watch.saw(first.chunk)
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """All pieces, once. An error of one choice ends all of them."""
         yield self._first
-        async for piece in self._rest:
-            yield piece
+        with self._watch.failing():
+            async for piece in self._rest:
+                self._watch.saw(piece.chunk)
+                yield piece
 
     async def aclose(self) -> None:
         """Give up on what has not come yet."""
+        self._watch.end()
         await self._rest.aclose()
 
 
@@ -101,6 +111,8 @@ class Gateway:
         self._store = Store(root)
         self._catalog = CatalogFollower(Catalog(self._store))
         self._known_versions: set[AdapterRef] = set()
+        self.monitor = Monitor()
+        self.prober = Prober(self._store, lambda: self.state, self._decisions, self.monitor.probes)
 
     @property
     def state(self) -> CatalogState:
@@ -119,14 +131,17 @@ class Gateway:
 
     async def answer(self, request: ClientRequest) -> Answer:
         """Start answering. Raises the `ZephyraError` that says what is wrong with the request or with the cluster."""
-        check_prompt(request.prompt)
-        start_s = time.perf_counter()
-        routing = await self._routing(request)
-        resolved = _resolved(request, routing.mixture, elapsed_s=time.perf_counter() - start_s)
-        lost = ReplicaLost("The base replica died before the answer was complete; send the request again.")
-        pieces = _interleaved([calls.stream(self._generate, one, lost=lost) for one in resolved])
-        first = await anext(pieces)
-        return Answer(replace(routing, merged=first.chunk.merged), first, pieces)
+        watch = self.monitor.watch()
+        with watch.failing():
+            check_prompt(request.prompt)
+            start_s = time.perf_counter()
+            routing = await self._routing(request)
+            watch.routed(routing.mixture, routing.routing_ms)
+            resolved = _resolved(request, routing.mixture, elapsed_s=time.perf_counter() - start_s)
+            lost = ReplicaLost("The base replica died before the answer was complete; send the request again.")
+            pieces = _interleaved([calls.stream(self._generate, one, lost=lost) for one in resolved])
+            first = await anext(pieces)
+        return Answer(replace(routing, merged=first.chunk.merged), first, pieces, watch)
 
     async def route(self, prompt: Prompt) -> Routing:
         """What the router would answer `prompt` with."""
@@ -134,17 +149,26 @@ class Gateway:
         start_s = time.perf_counter()
         decision = await self._decision(list(turns_to_route(prompt)))
         routing_ms = (time.perf_counter() - start_s) * 1000
-        return Routing(self._current(decision.weights), decision.probabilities, routing_ms)
+        request_id = uuid.uuid4().hex
+        routing = Routing(self._current(decision.weights), decision.probabilities, routing_ms, request_id=request_id)
+        self.monitor.decided(request_id, decision, routing_ms)
+        return routing
 
     async def _decision(self, turns: list[str]) -> RoutingDecision:
+        if len(turns) == 1:
+            (decision,) = await self._decisions(turns)
+            return decision
+        of_turns: RoutingDecision = await self._ask_router(self._route_conversation, turns)
+        return of_turns
+
+    async def _decisions(self, texts: Sequence[str]) -> list[RoutingDecision]:
+        decisions: list[RoutingDecision] = await self._ask_router(self._route, texts)
+        return decisions
+
+    async def _ask_router(self, remote: calls.Handle, texts: Sequence[str]) -> Any:
         wait_s = self._router_wait_s
         lost = RouterUnavailable(f"The router did not answer within {wait_s:g} s; try again, or name a model.")
-        decision: RoutingDecision
-        if len(turns) == 1:
-            (decision,) = await calls.read(self._route, turns, timeout_s=wait_s, lost=lost)
-        else:
-            decision = await calls.read(self._route_conversation, turns, timeout_s=wait_s, lost=lost)
-        return decision
+        return await calls.read(remote, list(texts), timeout_s=wait_s, lost=lost)
 
     async def _routing(self, request: ClientRequest) -> Routing:
         domain = self._domain_of_model(request.model)

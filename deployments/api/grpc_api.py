@@ -175,6 +175,7 @@ def _routing(routing: Routing) -> pb.Routing:
         mixture=_mixture(routing.mixture),
         probabilities=routing.probabilities,
         routing_ms=routing.routing_ms,
+        request_id=routing.request_id,
         merged=None if routing.merged is None else pb.Merged(**asdict(routing.merged)),
     )
 

@@ -8,7 +8,7 @@ from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
 from cluster.config import AppSettings
 from deployments import calls
-from deployments.api import domains_grpc, grpc_api
+from deployments.api import domains_grpc, feedback, grpc_api
 from deployments.api.gateway import Gateway
 from deployments.api.openai_api import build_api
 from deployments.domains.remote_domains import RemoteDomains
@@ -23,6 +23,7 @@ class Ingress(Gateway):
     ) -> None:
         super().__init__(router, replica, settings.resolved_root())
         self._domains = RemoteDomains(publisher, settings)
+        self._probing = self.prober.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self, self._domains)
@@ -76,3 +77,9 @@ class Ingress(Gateway):
     ) -> pb.DomainChange:
         """zephyra.v1.Zephyra/RollbackDomain"""
         return await domains_grpc.rollback_domain(self._domains, request, grpc_context)
+
+    async def Feedback(  # noqa: N802 the proto's name
+        self, request: pb.FeedbackRequest, grpc_context: RayServegRPCContext
+    ) -> pb.FeedbackReply:
+        """zephyra.v1.Zephyra/Feedback"""
+        return await feedback.feedback(self, request, grpc_context)

@@ -23,6 +23,7 @@ from cluster.errors import Overloaded, ZephyraError
 from deployments.api.body_limit import BodyLimit
 from deployments.api.domains_http import domain_routes
 from deployments.api.domains_messages import AddBody, LoadBody, RollbackBody, UnloadBody
+from deployments.api.feedback import FeedbackBody, feedback_routes
 from deployments.api.gateway import Answer, Gateway, Routing
 from deployments.api.openai_answers import Json, Reply
 from deployments.api.openai_messages import ChatBody, CompletionBody, RouteBody, sentence
@@ -36,6 +37,7 @@ _BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
     "/v1/route": RouteBody,
+    "/v1/feedback": FeedbackBody,
     "/v1/domains": AddBody,
     "/v1/domains/{name}/rollback": RollbackBody,
     "/v1/load_lora_adapter": LoadBody,
@@ -52,6 +54,7 @@ def build_api(gateway: Gateway, domains: RemoteDomains) -> FastAPI:
     api.add_exception_handler(ZephyraError, _on_zephyra_error)
     api.add_exception_handler(Exception, _on_unexpected)
     api.include_router(domain_routes(domains))
+    api.include_router(feedback_routes(gateway))
     started_s = int(time.time())
 
     @api.post("/v1/completions", response_model=None)
@@ -142,6 +145,7 @@ def _routing_json(routing: Routing) -> Json:
         "mixture": {str(ref): weight for ref, weight in routing.mixture.entries},
         "probabilities": None if routing.probabilities is None else dict(routing.probabilities),
         "routing_ms": round(routing.routing_ms, 3),
+        **({"request_id": routing.request_id} if routing.request_id else {}),
         **({} if routing.merged is None else {"merged": asdict(routing.merged)}),
     }
 

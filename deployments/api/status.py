@@ -34,6 +34,7 @@ STATUS: dict[type[errors.ZephyraError], Status] = {
     errors.UploadTooLarge: Status(413, grpc.StatusCode.RESOURCE_EXHAUSTED, "invalid_request_error"),
     errors.UnknownModel: _NOT_FOUND,
     errors.UnknownDomain: _NOT_FOUND,
+    errors.UnknownRequest: _NOT_FOUND,
     errors.IncompatibleAdapter: _WRONG_STATE,
     errors.CorruptArtifact: Status(500, grpc.StatusCode.DATA_LOSS, "server_error"),
     errors.InvalidAdapter: _INVALID,

@@ -202,7 +202,7 @@ class RouteRequest(_message.Message):
     def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ...) -> None: ...
 
 class Routing(_message.Message):
-    __slots__ = ("mixture", "probabilities", "routing_ms", "merged")
+    __slots__ = ("mixture", "probabilities", "routing_ms", "merged", "request_id")
     class ProbabilitiesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -214,11 +214,13 @@ class Routing(_message.Message):
     PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
     ROUTING_MS_FIELD_NUMBER: _ClassVar[int]
     MERGED_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     mixture: Mixture
     probabilities: _containers.ScalarMap[str, float]
     routing_ms: float
     merged: Merged
-    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., probabilities: _Optional[_Mapping[str, float]] = ..., routing_ms: _Optional[float] = ..., merged: _Optional[_Union[Merged, _Mapping]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, mixture: _Optional[_Union[Mixture, _Mapping]] = ..., probabilities: _Optional[_Mapping[str, float]] = ..., routing_ms: _Optional[float] = ..., merged: _Optional[_Union[Merged, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class Merged(_message.Message):
     __slots__ = ("method", "rank", "bound", "kept_energy")
@@ -365,3 +367,19 @@ class DomainChange(_message.Message):
     version: int
     generation: int
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class FeedbackRequest(_message.Message):
+    __slots__ = ("request_id", "domain")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    domain: str
+    def __init__(self, request_id: _Optional[str] = ..., domain: _Optional[str] = ...) -> None: ...
+
+class FeedbackReply(_message.Message):
+    __slots__ = ("routed", "right")
+    ROUTED_FIELD_NUMBER: _ClassVar[int]
+    RIGHT_FIELD_NUMBER: _ClassVar[int]
+    routed: str
+    right: bool
+    def __init__(self, routed: _Optional[str] = ..., right: _Optional[bool] = ...) -> None: ...

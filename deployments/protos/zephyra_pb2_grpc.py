@@ -74,6 +74,11 @@ class ZephyraStub:
                 request_serializer=deployments_dot_protos_dot_zephyra__pb2.RollbackDomainRequest.SerializeToString,
                 response_deserializer=deployments_dot_protos_dot_zephyra__pb2.DomainChange.FromString,
                 _registered_method=True)
+        self.Feedback = channel.unary_unary(
+                '/zephyra.v1.Zephyra/Feedback',
+                request_serializer=deployments_dot_protos_dot_zephyra__pb2.FeedbackRequest.SerializeToString,
+                response_deserializer=deployments_dot_protos_dot_zephyra__pb2.FeedbackReply.FromString,
+                _registered_method=True)
 
 
 class ZephyraServicer:
@@ -134,6 +139,13 @@ class ZephyraServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Feedback(self, request, context):
+        """Which domain was right for a routed request; feeds the gauge of live routing accuracy. Each request counts once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ZephyraServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -176,6 +188,11 @@ def add_ZephyraServicer_to_server(servicer, server):
                     servicer.RollbackDomain,
                     request_deserializer=deployments_dot_protos_dot_zephyra__pb2.RollbackDomainRequest.FromString,
                     response_serializer=deployments_dot_protos_dot_zephyra__pb2.DomainChange.SerializeToString,
+            ),
+            'Feedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Feedback,
+                    request_deserializer=deployments_dot_protos_dot_zephyra__pb2.FeedbackRequest.FromString,
+                    response_serializer=deployments_dot_protos_dot_zephyra__pb2.FeedbackReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -394,6 +411,33 @@ class Zephyra:
             '/zephyra.v1.Zephyra/RollbackDomain',
             deployments_dot_protos_dot_zephyra__pb2.RollbackDomainRequest.SerializeToString,
             deployments_dot_protos_dot_zephyra__pb2.DomainChange.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Feedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zephyra.v1.Zephyra/Feedback',
+            deployments_dot_protos_dot_zephyra__pb2.FeedbackRequest.SerializeToString,
+            deployments_dot_protos_dot_zephyra__pb2.FeedbackReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from cluster.lora.weights import AdapterWeights
 from cluster.messages import AdapterRef, GenerateRequest, TokenChunk
 from cluster.model.base import load_base, saved_dtype
 from deployments import calls
+from deployments.monitoring.replica_report import ReplicaReport
+from deployments.replica.autoscaling import LOAD, load_of
 from deployments.replica.base_folder import base_folder
 from deployments.replica.engine_loop import EngineLoop, Loaded
 from deployments.replica.host_memory import HostMemory
@@ -42,6 +44,9 @@ class BaseReplica:
         base = load_base(folder, dtype, settings.device)
         self._dtype, self._device = base.model.dtype, base.model.device
         self._merged = MergedMixtures(coordinator, settings.merge_rank, self._dtype)
+        self._batch_size = settings.engine.max_batch_size
+        self._report = ReplicaReport()
+        self._telling: asyncio.Task[None] | None = None
         self.engine = EngineLoop(Engine(base, settings.engine), self._fetch, self.host.prefetch)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk | ZephyraError]:
@@ -67,15 +72,30 @@ class BaseReplica:
         """Called by Serve, which hands it to every AffinityRouter: what this replica holds, and how busy it is."""
         return publish(self.engine.resident, self.host.held, self.engine.num_unanswered)
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, which hands it to `desired_replicas`."""
+        stats = await self.engine.stats()
+        return {LOAD: load_of(self.engine.num_unanswered, self._batch_size, stats.kv_used_share)}
+
     async def check_health(self) -> None:
-        """Called by Serve, which replaces this replica when it raises."""
+        """Called by Serve every second, which replaces this replica when it raises; sets the gauges on the way."""
         if self.engine.failure is not None:
             raise self.engine.failure
+        if self._telling is None or self._telling.done():
+            # Health does not wait for a step that takes long.
+            self._telling = asyncio.create_task(self._tell())
+
+    async def _tell(self) -> None:
+        with suppress(ZephyraError):
+            self._report.tell(await self.engine.stats())
 
     async def _fetch(self, refs: tuple[AdapterRef, ...]) -> AsyncGenerator[Loaded, None]:
         async with aclosing(self.host.get(refs)) as answers:
             async for fetched in answers:
-                yield fetched.ref, await asyncio.to_thread(self._unpacked, fetched)
+                unpacked = await asyncio.to_thread(self._unpacked, fetched)
+                if not isinstance(unpacked, ZephyraError):
+                    self._report.loaded(fetched.ref)
+                yield fetched.ref, unpacked
 
     async def _fetch_packed(self, refs: tuple[AdapterRef, ...]) -> AsyncGenerator[Fetched, None]:
         """All at once from the coordinator, adapters and merged mixtures."""

@@ -1,0 +1,1 @@
+"""What is measured of a running system: declared metrics, who records them, and how right the router is."""
