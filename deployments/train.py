@@ -100,14 +100,7 @@ def fit(stage: str, settings: StageSettings, run_name: str, num_cpus: float) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m deployments.train", description=__doc__)
-    parser.add_argument("stage", choices=[*STAGES, "all"])
-    parser.add_argument("--root", required=True, help="absolute folder or mount that holds the artifacts")
-    parser.add_argument("--data", required=True, help="absolute folder of Parquet files")
-    parser.add_argument("--recipe", default="starter")
-    parser.add_argument("--run-name", default=time.strftime("%Y%m%d-%H%M%S"), help="the same name resumes a run")
-    parser.add_argument("--cpus", type=float, default=1.0, help="CPUs that the worker reserves, and its threads")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         settings = _settings(options)
         ray.init(address=ray_address() or "local", ignore_reinit_error=True)
@@ -119,6 +112,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    command = argparse.ArgumentParser(prog="python -m deployments.train", description=__doc__)
+    command.add_argument("stage", choices=[*STAGES, "all"])
+    command.add_argument("--root", required=True, help="absolute folder or mount that holds the artifacts")
+    command.add_argument("--data", required=True, help="absolute folder of Parquet files")
+    command.add_argument("--recipe", default="starter")
+    command.add_argument("--run-name", default=time.strftime("%Y%m%d-%H%M%S"), help="the same name resumes a run")
+    command.add_argument("--cpus", type=float, default=1.0, help="CPUs that the worker reserves, and its threads")
+    return command
 
 
 def _settings(options: argparse.Namespace) -> StageSettings:

@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from deployments import train
+from deployments.cli import app
 from tests.e2e.conftest import CHECKOUT, zephyra
 
 
@@ -30,9 +33,17 @@ from tests.e2e.conftest import CHECKOUT, zephyra
     ],
 )
 def test_zephyra_says_what_to_do(arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = zephyra(*(argument.format(empty=tmp_path) for argument in arguments))
-    assert done.returncode == 1, done.stdout
+    done = CliRunner().invoke(app, [argument.format(empty=tmp_path) for argument in arguments])
+    assert done.exit_code == 1, done.stdout
     assert said in " ".join(done.stderr.split())
+    # Anything else would be a traceback in a process of its own.
+    assert isinstance(done.exception, SystemExit)
+
+
+def test_a_process_of_zephyra_says_it_without_a_traceback() -> None:
+    done = zephyra("train", "all", "--recipe", "soup")
+    assert done.returncode == 1, done.stdout
+    assert "There is no recipe 'soup'" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
 
 
@@ -44,9 +55,14 @@ def test_zephyra_says_what_to_do(arguments: list[str], said: str, tmp_path: Path
         (["base", "--root", "/root", "--data", "/data", "--recipe", "soup"], "There is no recipe 'soup'"),
     ],
 )
-def test_a_job_refuses_relative_paths(arguments: list[str], said: str) -> None:
-    command = [sys.executable, "-m", "deployments.train", *arguments]
+def test_a_job_refuses_relative_paths(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(arguments) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_process_of_a_job_says_it_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "deployments.train", "base", "--root", "relative", "--data", "/data"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert "--root: relative is relative; give an absolute path" in done.stderr
     assert "Traceback" not in done.stderr

@@ -96,6 +96,8 @@ def test_a_shard_more_breaks_no_stream_and_fails_no_request(served, second):
     def keep_asking():
         while not changed.is_set():
             statuses.append(ask(second).status_code)
+            # Processes that start need the cores as well.
+            time.sleep(0.05)
 
     with ThreadPoolExecutor(2) as pool:
         loads = [pool.submit(keep_streaming), pool.submit(keep_asking)]
