@@ -140,6 +140,22 @@ class Load:
         problem = "" if response.status_code == 200 else response.text
         return Answered(response.status_code, [time.perf_counter() - start_s], problem)
 
+    async def watched(self, prompt: str, model: str, max_tokens: int, begun: asyncio.Event) -> Answered:
+        """The same, streamed: `begun` is set when the first of the answer is there, or it has failed."""
+        start_s = time.perf_counter()
+        body = {"prompt": prompt, "model": model, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+        async with self._client.stream("POST", "/v1/completions", json=body) as response:
+            answered = Answered(response.status_code)
+            async for line in response.aiter_lines():
+                begun.set()
+                chunk = json.loads(line.removeprefix("data: ")) if line.startswith("data: {") else {}
+                if response.status_code != 200 or "error" in chunk:
+                    answered.problem += line
+                elif chunk:
+                    answered.chunks_s.append(time.perf_counter() - start_s)
+        begun.set()
+        return answered
+
     async def routed_to(self, prompt: str) -> str | None:
         """The domain that the router gives most weight for a prompt, None for the base."""
         mixture = (await self._client.post("/v1/route", json={"prompt": prompt})).json()["mixture"]

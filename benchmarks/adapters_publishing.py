@@ -140,8 +140,10 @@ class _Publishing:
         """Withdraw a domain that is answering: the answer must end as it began."""
         while not self._is_known(await load.models(), name):
             await asyncio.sleep(_POLL_S)
-        answering = asyncio.ensure_future(load.complete("Go on", f"zephyra:{name}", 4 * _TOKENS))
-        await asyncio.sleep(_POLL_S)
+        begun = asyncio.Event()
+        answering = asyncio.ensure_future(load.watched("Go on", f"zephyra:{name}", 4 * _TOKENS, begun))
+        # A request that comes after the withdrawal is refused, as it should be.
+        await begun.wait()
         await asyncio.to_thread(self._domains.remove, name)
         self._count(await answering)
 
@@ -151,7 +153,7 @@ class _Publishing:
 
     def _count(self, answer: Answered) -> None:
         self._answered += 1
-        if answer.status != 200:
+        if answer.status != 200 or answer.problem:
             self._failed += 1
             self.problems.add(answer.problem)
 

@@ -84,7 +84,7 @@ def free_port() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first; then those on the trained starter, while no cluster takes its cores; then the cluster's."""
+    """Fast tests first, while the starter is trained; then those on it; then the cluster's, with all cores free."""
 
     def rank(item: pytest.Item) -> tuple[bool, bool]:
         return item.get_closest_marker("ray") is not None, item.get_closest_marker("starter") is not None
