@@ -6,7 +6,7 @@ PEFT has no place for: the base's fingerprint and the checksum. Nothing else is 
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,12 @@ _UNMIXABLE = {
 
 _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT initialisations that take the adapter's first value off the base's weights, or replace them."""
+
+_ATOM = r"(?:[\w-]|\\?\.|\[[\w-]+\]|\([\w-]+(?:\|[\w-]+)+\))"
+_NAME = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")
+_WIDE = re.compile(rf"\^?{_ATOM}*(?:\.\*{_ATOM}*)?\$?")
+_MAX_PATTERN_CHARACTERS, _MAX_CHOICES, _MAX_WIDE_PATTERNS = 256, 2, 16
+"""Of a pattern in `alpha_pattern`; and how many of them may be more than a name."""
 
 
 def unpack(packed: PackedAdapter, dtype: torch.dtype, device: torch.device | str = "cpu") -> AdapterWeights:
@@ -149,6 +155,7 @@ def _factors(
             f"The adapter was started by {config['init_lora_weights']!r}, which moves the base's own weights; save it "
             "again with PEFT's path_initial_model_for_weight_conversion."
         )
+    alphas = _alpha_patterns(config)
     factors = {}
     for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
         name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
@@ -162,16 +169,37 @@ def _factors(
                 "expected two matrices of floating-point numbers."
             )
         a, b = a.to(device, dtype), b.to(device, dtype)
-        factors[name] = Factors(a, b, _scale(config, name, a.shape[0]))
+        factors[name] = Factors(a, b, _scale(config, alphas, name, a.shape[0]))
     if tensors or not factors:
         left = ", ".join(sorted(tensors)[:3]) or "no factors at all"
         raise IncompatibleAdapter(f"The adapter holds {left}; expected only lora_A and lora_B of linear layers.")
     return factors
 
 
-def _scale(config: dict[str, Any], name: str, rank: int) -> float:
-    # As PEFT reads them: each pattern is a regular expression on the end of the name, and the first that fits counts.
-    patterns = (config.get("alpha_pattern") or {}).items()
-    fitting = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", name))
-    alpha = next(fitting, config["lora_alpha"])
+def _alpha_patterns(config: dict[str, Any]) -> list[tuple[re.Pattern[str], float]]:
+    """As PEFT reads them: each is a regular expression on the end of a layer's name, and the first that fits counts.
+
+    Who hands in an adapter writes them, and some expressions take longer than anyone can wait. So only names are taken,
+    as PEFT writes them, and a few with one `.*`, sets like `[0-9]` and two choices like `(q|k)`: none can be slow.
+    """
+    patterns = config.get("alpha_pattern") or {}
+    num_wide = sum(not _NAME.fullmatch(pattern) for pattern in patterns)
+    for pattern in patterns:
+        is_short = len(pattern) <= _MAX_PATTERN_CHARACTERS and pattern.count("(") <= _MAX_CHOICES
+        if not (is_short and (_NAME.fullmatch(pattern) or _WIDE.fullmatch(pattern))):
+            raise IncompatibleAdapter(
+                f"The adapter's alpha_pattern holds {pattern[:100]!r}; expected names of layers of at most "
+                f"{_MAX_PATTERN_CHARACTERS} characters, with one '.*', sets such as '[0-9]' and {_MAX_CHOICES} choices "
+                "such as '(q|k)' at most."
+            )
+    if num_wide > _MAX_WIDE_PATTERNS:
+        raise IncompatibleAdapter(
+            f"The adapter's alpha_pattern holds {num_wide} patterns that are not names; expected at most "
+            f"{_MAX_WIDE_PATTERNS}: name the layers."
+        )
+    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+
+
+def _scale(config: dict[str, Any], alphas: Sequence[tuple[re.Pattern[str], float]], name: str, rank: int) -> float:
+    alpha = next((value for pattern, value in alphas if pattern.match(name)), config["lora_alpha"])
     return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)

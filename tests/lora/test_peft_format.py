@@ -167,7 +167,31 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], A
     "a scale that is NaN": (lambda c, _: c.update(lora_alpha=float("nan")), CorruptArtifact, "scale for x is nan"),
     "no alpha": (lambda c, _: c.pop("lora_alpha"), CorruptArtifact, "lora_alpha"),
     "alpha as text": (lambda c, _: c.update(lora_alpha="8"), CorruptArtifact, "PEFT's layout"),
-    "a broken pattern": (lambda c, _: c.update(alpha_pattern={"(": 1}), CorruptArtifact, "PEFT's layout"),
+    "a broken pattern": (
+        lambda c, _: c.update(alpha_pattern={"(": 1}),
+        IncompatibleAdapter,
+        "expected names of layers",
+    ),
+    "a pattern that never ends": (
+        lambda c, _: c.update(alpha_pattern={r"(\w+\w*)+!": 1}),
+        IncompatibleAdapter,
+        "expected names of layers",
+    ),
+    "choices of choices": (
+        lambda c, _: c.update(alpha_pattern={"(a|a)" * 40: 1}),
+        IncompatibleAdapter,
+        "2 choices such as",
+    ),
+    "a pattern without an end": (
+        lambda c, _: c.update(alpha_pattern={"a" * 300: 1}),
+        IncompatibleAdapter,
+        "at most 256 characters",
+    ),
+    "patterns and patterns": (
+        lambda c, _: c.update(alpha_pattern={f"layers.{n}.*": 1 for n in range(17)}),
+        IncompatibleAdapter,
+        "holds 17 patterns",
+    ),
     "another method": (lambda c, _: c.update(peft_type="IA3"), IncompatibleAdapter, "'IA3'"),
     "no B": (lambda _, t: t.pop(_A.replace("_A", "_B")), CorruptArtifact, "no B for x"),
     "no A": (lambda _, t: t.pop(_A), IncompatibleAdapter, "lora_B"),
