@@ -47,7 +47,9 @@ def bind(settings: AppSettings) -> Application:
     root = settings.resolved_root()
     router = _deployment(Router, "Router", num_cpus=0.1).bind(root)
     shards = [
-        _deployment(AdapterShard, f"AdapterShard-{index}", num_cpus=_shard_cpus(settings.shards)).bind(root)
+        _deployment(
+            AdapterShard, f"AdapterShard-{index}", num_cpus=_shard_cpus(settings.shards), env_vars=ONE_LOOP
+        ).bind(root)
         for index in range(settings.shards)
     ]
     fetching = FetchSettings(copies=settings.copies, hedge_ms=settings.hedge_ms)

@@ -21,7 +21,7 @@ class LocalHandle:
     def __init__(self, target: object, method_name: str = "", stream: bool = False) -> None:
         self._target, self._method_name, self._stream = target, method_name, stream
 
-    def options(self, *, method_name: str, stream: bool, _by_reference: bool) -> "LocalHandle":
+    def options(self, *, method_name: str, stream: bool, _by_reference: bool, **_: str) -> "LocalHandle":
         return LocalHandle(self._target, method_name, stream)
 
     def remote(self, *args: Any) -> Any:
@@ -63,7 +63,7 @@ class GoneHandle:
     def __init__(self) -> None:
         self.num_open = 0
 
-    def options(self, *, method_name: str, stream: bool, _by_reference: bool) -> "GoneHandle":
+    def options(self, *, method_name: str, stream: bool, _by_reference: bool, **_: str) -> "GoneHandle":
         return self
 
     def remote(self, *args: Any) -> "GoneCall":

@@ -60,10 +60,11 @@ def test_settings_reach_the_deployments_they_are_for():
     assert on_gpus.request_router_config.is_default_request_router()
 
 
-def test_the_coordinator_has_one_loop_by_switches_that_ray_knows():
+def test_the_coordinator_and_the_shards_have_one_loop_by_switches_that_ray_knows():
     """An upgrade that drops one of them would cost a third of a fan-out and say nothing."""
     deployments = deployments_of(bind(AppSettings()))
-    assert deployments["Coordinator"].ray_actor_options["runtime_env"] == {"env_vars": ONE_LOOP}
+    for name in ("Coordinator", "AdapterShard-0"):
+        assert deployments[name].ray_actor_options["runtime_env"] == {"env_vars": ONE_LOOP}
     switches = {name: str(int(getattr(constants, name))) for name in ONE_LOOP}
     assert switches == dict.fromkeys(ONE_LOOP, "1")
 

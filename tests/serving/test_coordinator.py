@@ -41,7 +41,7 @@ class FakeShard:
         self.asked = []
         self.num_open = 0
 
-    def options(self, *, method_name, stream, _by_reference):
+    def options(self, *, method_name, stream, _by_reference, **_):
         assert not stream
         return self
 

@@ -139,7 +139,7 @@ async def test_the_share_of_a_shard_that_dies_is_reduced_by_the_next_copies(many
 class DyingShard(FakeShard):
     """Dies of every call."""
 
-    def options(self, *, method_name, stream, _by_reference):
+    def options(self, *, method_name, stream, _by_reference, **_):
         return self
 
     def remote(self, *args):
