@@ -13,6 +13,7 @@ import torch
 
 from cluster.errors import InvalidData
 from cluster.messages import NONE_DOMAIN, RoutingDecision
+from cluster.router import reliability
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.data import Row
 from cluster.training.stage_router import chosen_domain
@@ -104,11 +105,10 @@ def calibration_error(decisions: Sequence[RoutingDecision], domains: Sequence[st
     Prompts are binned by it, `NUM_BINS` of equal width; each bin counts as much as it has prompts.
     """
     likeliest = [max(d.probabilities, key=d.probabilities.__getitem__) for d in decisions]
-    surplus = [0.0] * NUM_BINS
-    for decision, name, domain in zip(decisions, likeliest, domains, strict=True):
-        confidence = decision.probabilities[name]
-        surplus[min(NUM_BINS - 1, int(confidence * NUM_BINS))] += confidence - (name == domain)
-    return sum(abs(value) for value in surplus) / len(decisions)
+    asked = zip(decisions, likeliest, domains, strict=True)
+    return reliability.calibration_error(
+        ((d.probabilities[name], name == domain) for d, name, domain in asked), NUM_BINS
+    )
 
 
 def _confusions(rows: Sequence[Row], chosen: Sequence[str]) -> tuple[Confusion, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cluster.errors import UnknownRequest
 from cluster.messages import NONE_DOMAIN, RoutingDecision
+from cluster.router import reliability
 from deployments.monitoring.metrics import ACCURACY, CALIBRATION, DomainLabels, Sink
 
 MAX_REMEMBERED = 10_000
@@ -99,11 +100,5 @@ class Accuracy:
 
 
 def calibration_error(all_judged: Iterable[Judged]) -> float:
-    """Expected calibration error over ten bins of equal width (Naeini et al. 2015): mean |accuracy - confidence|."""
-    counts, excess = [0] * _BINS, [0.0] * _BINS
-    for judged in all_judged:
-        confidence = judged.decided.confidence
-        number = min(int(confidence * _BINS), _BINS - 1)
-        counts[number] += 1
-        excess[number] += judged.is_right - confidence
-    return sum(map(abs, excess)) / sum(counts)
+    """Of the decisions' confidence, over ten bins."""
+    return reliability.calibration_error(((judged.decided.confidence, judged.is_right) for judged in all_judged), _BINS)
