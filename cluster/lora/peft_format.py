@@ -186,7 +186,7 @@ def _alpha_patterns(config: dict[str, Any]) -> list[tuple[re.Pattern[str], float
     num_wide = sum(not _NAME.fullmatch(pattern) for pattern in patterns)
     for pattern in patterns:
         is_short = len(pattern) <= _MAX_PATTERN_CHARACTERS and pattern.count("(") <= _MAX_CHOICES
-        if not (is_short and (_NAME.fullmatch(pattern) or _WIDE.fullmatch(pattern))):
+        if not (is_short and _WIDE.fullmatch(pattern)):
             raise IncompatibleAdapter(
                 f"The adapter's alpha_pattern holds {pattern[:100]!r}; expected names of layers of at most "
                 f"{_MAX_PATTERN_CHARACTERS} characters, with one '.*', sets such as '[0-9]' and {_MAX_CHOICES} choices "

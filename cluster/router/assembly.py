@@ -8,7 +8,7 @@ are none, they are made again from the domain's stored examples.
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from cluster.errors import StorageUnavailable, ZephyraError
+from cluster.errors import CorruptArtifact, StorageUnavailable, ZephyraError
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog_state import CatalogState
 from cluster.messages import AdapterRef
@@ -20,7 +20,7 @@ from cluster.router.domain_prototypes import (
     prototypes_of,
     with_prototypes,
 )
-from cluster.router.examples import EXAMPLES_FILE, MAX_EXAMPLES_BYTES, Examples
+from cluster.router.examples import examples_beside
 from cluster.router.tiny_ada import TinyAda
 
 _READERS = 16
@@ -100,7 +100,8 @@ class RouterAssembly:
             return given
         if name in self._trained.domains:
             return prototypes_of(self._trained, name, self._version)
-        listed = self._store.adapter_files(ref)[EXAMPLES_FILE]
-        kept = self._store.adapter_file(ref, EXAMPLES_FILE, listed.sha256, MAX_EXAMPLES_BYTES)
-        examples = Examples.from_bytes(kept)
+        if (examples := examples_beside(self._store, ref)) is None:
+            raise CorruptArtifact(
+                f"{ref} has prototypes and no examples to make them again from; add the domain again."
+            )
         return prototypes_from_examples(self._trained, self._version, name, examples, given.is_data_free)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from cluster.errors import InvalidData
+from cluster.lora.artifacts import Store
+from cluster.messages import AdapterRef
 
 EXAMPLES_FILE = "examples.jsonl"
 MAX_EXAMPLES_BYTES = 2**24
@@ -60,6 +62,14 @@ class Examples:
         if topics and len(topics) < len(pairs):
             raise InvalidData(f"Of {len(pairs)} examples {len(topics)} name a topic; name one for each, or for none.")
         return cls(tuple(prompt for prompt, _ in pairs), topics or None)
+
+
+def examples_beside(store: Store, ref: AdapterRef) -> Examples | None:
+    """What a version of a domain was added from, if that was kept. Raises like `Store.adapter_file`."""
+    listed = store.adapter_files(ref).get(EXAMPLES_FILE)
+    if listed is None:
+        return None
+    return Examples.from_bytes(store.adapter_file(ref, EXAMPLES_FILE, listed.sha256, MAX_EXAMPLES_BYTES))
 
 
 def _example(line: Any) -> tuple[str, str | None]:

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from cluster.errors import (
-    CatalogConflict,
     CorruptArtifact,
     IncompatibleAdapter,
     InvalidAdapter,
     InvalidInput,
     StageOrder,
+    StorageUnavailable,
     UnknownDomain,
     ZephyraError,
 )
@@ -39,7 +39,7 @@ from cluster.router.domain_prototypes import (
     DomainPrototypes,
     prototypes_from_examples,
 )
-from cluster.router.examples import EXAMPLES_FILE, MAX_EXAMPLES_BYTES, Examples
+from cluster.router.examples import EXAMPLES_FILE, Examples, examples_beside
 from cluster.training.artifacts import publish_for_base, trained_router
 from deployments.domains.info import DomainChange, DomainHistory, DomainInfo, DomainPage
 
@@ -106,7 +106,10 @@ class Domains:
         change = self._write(name, packed, given, prototypes)
         try:
             generation = self._publish(change, state, expected_generation)
-        except CatalogConflict:
+        except StorageUnavailable:
+            # It may be published all the same.
+            raise
+        except ZephyraError:
             self._store.discard_adapter(AdapterRef(name, change.adapters[name]))
             raise
         return DomainChange(name, change.adapters[name], generation)
@@ -160,13 +163,11 @@ class Domains:
         if name not in state.prototypes:
             return Examples()
         ref = state.ref(name)
-        files = self._store.adapter_files(ref)
-        rows = self._store.adapter_file(ref, PROTOTYPES_FILE, files[PROTOTYPES_FILE].sha256, MAX_PROTOTYPES_BYTES)
+        rows = self._store.adapter_file(ref, PROTOTYPES_FILE, state.prototypes[name], MAX_PROTOTYPES_BYTES)
         # Words of an adapter belong to that adapter.
-        if EXAMPLES_FILE not in files or DomainPrototypes.from_bytes(rows).is_data_free:
+        if DomainPrototypes.from_bytes(rows).is_data_free:
             return Examples()
-        content = self._store.adapter_file(ref, EXAMPLES_FILE, files[EXAMPLES_FILE].sha256, MAX_EXAMPLES_BYTES)
-        return Examples.from_bytes(content)
+        return examples_beside(self._store, ref) or Examples()
 
     def _write(
         self, name: str, packed: PackedAdapter, examples: Examples, prototypes: DomainPrototypes | None

@@ -10,7 +10,7 @@ from cluster.errors import InvalidData, ZephyraError
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import CatalogState
 from cluster.messages import RoutingDecision
-from cluster.router.examples import EXAMPLES_FILE, MAX_EXAMPLES_BYTES, Examples
+from cluster.router.examples import MAX_EXAMPLES_BYTES, examples_beside
 from deployments.monitoring.accuracy import Accuracy, Decided, Judged
 
 logger = logging.getLogger("ray.serve")
@@ -54,11 +54,11 @@ def read_probes(store: Store, state: CatalogState) -> list[Probe]:
 
 def _from_examples(store: Store, state: CatalogState) -> list[Probe]:
     probes: list[Probe] = []
-    for domain in sorted(state.adapters):
-        ref = state.ref(domain)
-        listed = store.adapter_files(ref).get(EXAMPLES_FILE)
-        if listed is not None and len(probes) < _MAX_PROBES:
-            examples = Examples.from_bytes(store.adapter_file(ref, EXAMPLES_FILE, listed.sha256, MAX_EXAMPLES_BYTES))
+    # Whoever has examples has prototypes; of ten thousand domains no more are read than are asked.
+    for domain in sorted(state.prototypes):
+        if len(probes) >= _MAX_PROBES:
+            break
+        if (examples := examples_beside(store, state.ref(domain))) is not None:
             probes += [Probe(prompt, domain) for prompt in examples.prompts[:_PER_DOMAIN]]
     return probes
 

@@ -111,12 +111,12 @@ def _feedback(client: httpx.AsyncClient, request_id: str, domain: str):
     return client.post("/v1/feedback", json={"request_id": request_id, "domain": domain})
 
 
-async def test_probes_of_the_root_are_scored(system, root):
-    gateway, store = system.gateway, Store(root)
+async def test_probes_of_the_root_are_scored(system, own_root):
+    gateway, store = system.gateway, Store(own_root)
     assert read_probes(store, gateway.state) == [], "adapters without examples"
     probes = [("law", "law"), ("math", "law"), ("?", "none")]
     lines = [json.dumps({"prompt": prompt, "domain": domain}) for prompt, domain in probes]
-    (root / PROBES_FILE).write_text("\n".join(lines))
+    (own_root / PROBES_FILE).write_text("\n".join(lines))
     monitor = gateway.monitor
     prober = Prober(store, lambda: gateway.state, gateway._decisions, monitor.probes)
     assert await prober.score() == 3

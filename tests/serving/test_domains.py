@@ -25,6 +25,7 @@ from cluster.messages import AdapterRef, ClientRequest, Mixture, SamplingParams
 from cluster.router.tiny_ada import TinyAda
 from deployments.cli import app
 from deployments.domains.operations import Domains
+from deployments.monitoring.probes import read_probes
 from deployments.router import Router
 from tests.nano import DOMAINS, nano_base, publish_adapter
 from tests.serving.handed_in import REFUSED, TAX
@@ -118,16 +119,26 @@ def test_names_generations_and_roots_are_checked(
         Domains(Store(tmp_path / "empty")).add("tax", adapter)
 
 
-def test_a_new_version_without_examples_is_routed_as_the_one_before(adapter: Path, domains: Domains) -> None:
-    store = domains._store
+def test_a_new_version_without_examples_is_routed_as_the_one_before(
+    own_root: Path, adapter: Path, domains: Domains
+) -> None:
     domains.add("tax", adapter, TAX)
-    before = Catalog(store).load()
+    before = Catalog(own_root).load()
     domains.add("tax", adapter)
-    assert (after := Catalog(store).load()).adapters["tax"] == 2
+    assert (after := Catalog(own_root).load()).adapters["tax"] == 2
     assert after.prototypes == before.prototypes
     domains.add("guessed", adapter, is_data_free=True)
     domains.add("guessed", adapter)
-    assert "guessed" not in Catalog(store).load().prototypes, "words of the adapter before say nothing of this one"
+    assert "guessed" not in Catalog(own_root).load().prototypes, "words of the adapter before say nothing of this one"
+
+
+def test_without_probes_of_its_own_a_root_gives_the_examples_that_it_keeps(
+    own_root: Path, adapter: Path, domains: Domains
+) -> None:
+    prompts = [f"{TAX[0]} {number}" for number in range(30)]
+    domains.add("tax", adapter, prompts)
+    probes = read_probes(Store(own_root), Catalog(own_root).load())
+    assert [(probe.prompt, probe.domain) for probe in probes] == [(prompt, "tax") for prompt in prompts[:20]]
 
 
 class RacedStore(Store):
