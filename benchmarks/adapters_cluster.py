@@ -7,7 +7,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,14 +123,7 @@ class Load:
 
     async def stream(self, number: int, max_tokens: int) -> Answered:
         """The same, chunk by chunk."""
-        start_s = time.perf_counter()
-        body = {**_body(number, max_tokens), "stream": True}
-        async with self._client.stream("POST", "/v1/completions", json=body) as response:
-            answered = Answered(response.status_code)
-            async for line in response.aiter_lines():
-                if line.startswith("data: {") and "error" not in json.loads(line.removeprefix("data: ")):
-                    answered.chunks_s.append(time.perf_counter() - start_s)
-        return answered
+        return await self._streamed(_body(number, max_tokens), asyncio.Event())
 
     async def complete(self, prompt: str, model: str, max_tokens: int) -> Answered:
         """A prompt to a model, answered whole."""
@@ -141,10 +134,13 @@ class Load:
         return Answered(response.status_code, [time.perf_counter() - start_s], problem)
 
     async def watched(self, prompt: str, model: str, max_tokens: int, begun: asyncio.Event) -> Answered:
-        """The same, streamed: `begun` is set when the first of the answer is there, or it has failed."""
+        """The same, chunk by chunk: `begun` is set when the first of the answer is there, or it has failed."""
+        body = {"prompt": prompt, "model": model, "max_tokens": max_tokens, "ignore_eos": True}
+        return await self._streamed(body, begun)
+
+    async def _streamed(self, body: Mapping[str, object], begun: asyncio.Event) -> Answered:
         start_s = time.perf_counter()
-        body = {"prompt": prompt, "model": model, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
-        async with self._client.stream("POST", "/v1/completions", json=body) as response:
+        async with self._client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
             answered = Answered(response.status_code)
             async for line in response.aiter_lines():
                 begun.set()

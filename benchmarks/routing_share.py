@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import pyarrow.dataset
 
-from benchmarks.figures import percentile
+from benchmarks.figures import Measurement, percentile
+from benchmarks.report import result_line
 from benchmarks.served_system import served_system
 
 _WARM_UP = 20
@@ -53,13 +54,13 @@ def main() -> None:
     shares = [of_routing / of_all for of_all, of_routing in timed]
     first_ms, routing_ms = zip(*timed, strict=True)
     figures = {
-        "time_to_first_token_ms_p50": round(percentile(first_ms, 0.5), 2),
-        "routing_ms_p50": round(percentile(routing_ms, 0.5), 2),
-        "routing_ms_p99": round(percentile(routing_ms, 0.99), 2),
-        "routing_share_p50": round(percentile(shares, 0.5), 4),
-        "routing_share_p99": round(percentile(shares, 0.99), 4),
+        "time_to_first_token_ms_p50": percentile(first_ms, 0.5),
+        "routing_ms_p50": percentile(routing_ms, 0.5),
+        "routing_ms_p99": percentile(routing_ms, 0.99),
+        "routing_share_p50": percentile(shares, 0.5),
+        "routing_share_p99": percentile(shares, 0.99),
     }
-    print(f"RESULT {json.dumps(figures)}")
+    print(result_line({name: Measurement((value,)) for name, value in figures.items()}))
 
 
 if __name__ == "__main__":
