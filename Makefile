@@ -15,8 +15,10 @@ setup: .venv/.installed
 serve: setup
 	$(BIN)/zephyra serve
 
+# Two processes, of one thread each, for what needs neither a cluster nor the starter; the rest has the machine to itself.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not ray and not starter"
+	$(BIN)/python -m pytest -m "ray or starter"
 
 check: setup
 	$(BIN)/ruff format --check .

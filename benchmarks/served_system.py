@@ -21,6 +21,7 @@ class ServedSystem:
     """Where it listens."""
 
     http: str
+    grpc: str
     dashboard: str
     metrics: tuple[str, ...]
     """Of each node, in Prometheus' text format."""
@@ -41,4 +42,6 @@ def served_system(root: Path, **settings: Any) -> Iterator[ServedSystem]:
     with serving(AppSettings(root=str(root), **settings), ports, quiet=True, num_cpus=16):
         nodes: Callable[[], list[dict[str, Any]]] = ray.nodes  # Ray leaves it untyped
         metrics = tuple(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes())
-        yield ServedSystem(f"http://{HOST}:{ports.http}", f"http://{HOST}:{ports.dashboard}", metrics)
+        yield ServedSystem(
+            f"http://{HOST}:{ports.http}", f"{HOST}:{ports.grpc}", f"http://{HOST}:{ports.dashboard}", metrics
+        )

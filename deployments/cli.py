@@ -104,23 +104,31 @@ def evaluate(
     rows: Annotated[int, typer.Option(min=1, help="Rows of each domain to measure.")] = 100,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     out: Annotated[
-        str | None, typer.Option("--json", help="Where to write the report; by default in the root.")
+        str | None, typer.Option(help="A folder for the report; by default the next of the root's evaluations.")
     ] = None,
 ) -> None:
-    """Per domain: loss of base, routed, oracle and worst adapter, exact answers, routing, abstentions."""
+    """Per domain: loss of base, routed, oracle and worst adapter, exact answers, routing; what became worse."""
     from cluster.training.evaluation import EvaluationSettings
     from cluster.training.evaluation import evaluate as measure
+    from cluster.training.evaluation_history import became_worse, last_like, publish_report, write_report
     from cluster.training.run import LocalRun
-    from deployments.commands.report import print_report
+    from deployments.commands.report import print_changes, print_report
 
     with errors_told():
         place, folder = root_and_data(root, data)
         with LocalRun("evaluation", place / "runs" / "evaluation", console) as run:
             report = measure(EvaluationSettings(root=place, data=folder, split=split, rows_per_domain=rows), run)
+        before = last_like(place, report)
+        changes = became_worse(before.report, report) if before is not None else []
+        if out is None:
+            target = publish_report(place, report, changes)
+        else:
+            target = Path(out).resolve()
+            target.mkdir(parents=True, exist_ok=True)
+            write_report(report, changes, target)
         print_report(report, console)
-        target = Path(out).resolve() if out else place / "evaluation.json"
-        target.write_text(json.dumps(report.as_json(), indent=2))
-        console.print(f"written to {target}")
+        print_changes(changes, before.name if before is not None else None, console)
+        console.print(f"written to {target}: report.html to look at, report.json, report.parquet", highlight=False)
 
 
 @app.command()

@@ -1,4 +1,7 @@
-"""Tiny ada as a deployment: text in, decisions out, always with the router that the catalog says is current."""
+"""Tiny ada as a deployment: text in, decisions out, always with the router that the catalog says is current.
+
+A Gateway holds one of its own as well, and decides by it what takes less time than asking would (`at_hand`).
+"""
 
 import asyncio
 import logging
@@ -12,6 +15,7 @@ from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, CatalogState
 from cluster.messages import NONE_DOMAIN, RoutingDecision
 from cluster.router.assembly import RouterAssembly
+from cluster.router.sentence_encoder import SentenceEncoder
 from cluster.router.tiny_ada import TinyAda
 from deployments.catalog_follower import CatalogFollower
 
@@ -19,6 +23,9 @@ logger = logging.getLogger("ray.serve")
 
 NOT_ROUTED = RoutingDecision(probabilities={NONE_DOMAIN: 1.0}, weights={})
 """What every prompt gets while no router is published: the plain base."""
+
+SHORT_CHARACTERS = 4000
+"""Up to so many are scored in about a millisecond, for which an event loop may be held up."""
 
 
 class Router:
@@ -34,6 +41,15 @@ class Router:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tiny-ada")
         self._catalog = CatalogFollower(Catalog(store), self._take)
         self._load(self._catalog.state)
+
+    def at_hand(self, texts: Sequence[str]) -> TinyAda | None:
+        """Tiny ada itself, to be asked in this very process: where there is one, without a pretrained encoder, and
+        `texts` are short, the way to another process and back takes longer than scoring.
+        """
+        ada = self._ada
+        if ada is None or isinstance(ada.encoder, SentenceEncoder) or sum(map(len, texts)) > SHORT_CHARACTERS:
+            return None
+        return ada
 
     async def route(self, texts: Sequence[str]) -> list[RoutingDecision]:
         """One decision per text."""

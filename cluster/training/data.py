@@ -7,6 +7,7 @@ prompts that no domain answers (the router learns to abstain on them, the base t
 for the base alone.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,16 @@ def read_data(folder: Path) -> DataSet:
         if not data.rows("train", domain):
             raise InvalidData(f"Domain {domain!r} has no rows with the split 'train'; add some or drop the domain.")
     return data
+
+
+def data_digest(folder: Path) -> str:
+    """SHA-256 of every Parquet file below `folder`, names and bytes: equal digests mean equal rows."""
+    whole = hashlib.sha256()
+    for file in sorted(folder.rglob("*.parquet")):
+        with file.open("rb") as content:
+            of_file = hashlib.file_digest(content, "sha256").hexdigest()
+        whole.update(f"{file.relative_to(folder)} {of_file}\n".encode())
+    return whole.hexdigest()
 
 
 def _check_domain(domain: str, index: int, file: Path) -> None:

@@ -5,7 +5,7 @@ the worst adapter give. Uses the engine and the mixed batch that serve, not thos
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,8 +27,9 @@ from cluster.messages import (
 )
 from cluster.model.base import Base
 from cluster.training.artifacts import published_adapter, published_base, published_router, require_adapters
-from cluster.training.data import Row, collate, encode, read_data
+from cluster.training.data import Row, collate, data_digest, encode, read_data
 from cluster.training.language_model import summed_loss
+from cluster.training.router_evaluation import RouterReport, evaluate_router
 from cluster.training.run import Run
 from cluster.training.stage_adapters import padding_id
 from cluster.training.stage_router import chosen_domain
@@ -96,14 +97,13 @@ class Report:
 
     generation: int
     split: str
+    data: str
+    """The digest of what it was measured on (`data_digest`)."""
+    rows_per_domain: int
+    """The most rows of a domain that were measured."""
     domains: dict[str, DomainReport]
-    none_rows: int
-    none_abstained: float | None
-    """Share of the prompts of no domain that were sent to the plain base."""
-
-    def as_json(self) -> dict[str, object]:
-        """For `json.dump`."""
-        return asdict(self)
+    routing: RouterReport
+    """Of the router alone, on the same prompts and on those of no domain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +141,11 @@ def evaluate(settings: EvaluationSettings, run: Run) -> Report:
         others = [state.ref(name) for name in sorted(state.adapters) if name != domain]
         reports[domain] = judge.domain(rows, *decisions, {n: state.ref(n) for n in state.adapters}, others, index)
         run.report(index + 1, {})
-    none_rows = data.rows(settings.split, NONE_DOMAIN)
-    none = [not decision.weights for decision in router.route([row.routed_prompt for row in none_rows])]
-    return Report(state.generation, settings.split, reports, len(none), sum(none) / len(none) if none else None)
+    routed = [row for name in domains for row in data.rows(settings.split, name, settings.rows_per_domain)]
+    routing = evaluate_router(router, [*routed, *data.rows(settings.split, NONE_DOMAIN)], settings.split)
+    return Report(
+        state.generation, settings.split, data_digest(settings.data), settings.rows_per_domain, reports, routing
+    )
 
 
 class _Judge:

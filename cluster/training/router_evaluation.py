@@ -14,6 +14,7 @@ import torch
 from cluster.errors import InvalidData
 from cluster.messages import NONE_DOMAIN, RoutingDecision
 from cluster.router import reliability
+from cluster.router.reliability import Bin
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.data import Row
 from cluster.training.stage_router import chosen_domain
@@ -61,6 +62,12 @@ class RouterReport:
     """Expected, over `NUM_BINS` bins of the largest probability, prompts of none included."""
     confusions: tuple[Confusion, ...]
     """The most frequent first; domains' prompts that went to none are not among them."""
+    counts: dict[str, dict[str, int]]
+    """Rows of each domain, and of none, by the domain that they went to; where there were none, nothing."""
+    bins: tuple[Bin, ...]
+    """Of the largest probability, whose distance to what was right is the calibration error."""
+    effective_domains: float
+    """As many domains, used equally, would be as diverse as the weights that the domains' prompts were given."""
     p50_ms: float
     """Median time of one prompt, asked alone, on one thread."""
 
@@ -75,16 +82,19 @@ def evaluate_router(router: TinyAda, rows: Sequence[Row], split: str) -> RouterR
         )
     decisions = router.route([row.routed_prompt for row in rows])
     chosen = [chosen_domain(decision) for decision in decisions]
-    domains, start = {}, 0
-    for name, part in by_domain.items():
-        found = chosen[start : start + len(part)]
-        start += len(part)
-        if part:
-            domains[name] = DomainRouting(
-                len(part), found.count(name) / len(part), found.count(NONE_DOMAIN) / len(part)
-            )
+    counts: dict[str, Counter[str]] = {}
+    for row, name in zip(rows, chosen, strict=True):
+        counts.setdefault(row.domain, Counter())[name] += 1
+    domains = {
+        name: DomainRouting(found.total(), found[name] / found.total(), found[NONE_DOMAIN] / found.total())
+        for name, found in counts.items()
+    }
     none = domains.pop(NONE_DOMAIN, None)
     num_known = sum(domain.rows for domain in domains.values())
+    mass: Counter[str] = Counter()
+    for decision in decisions[:num_known]:
+        mass.update(decision.weights)
+    bins = _bins(decisions, [row.domain for row in rows])
     return RouterReport(
         split,
         router.num_parameters,
@@ -93,8 +103,11 @@ def evaluate_router(router: TinyAda, rows: Sequence[Row], split: str) -> RouterR
         sum(domain.turned_away * domain.rows for domain in domains.values()) / num_known,
         none.rows if none else 0,
         none.right if none else None,
-        calibration_error(decisions, [row.domain for row in rows]),
+        reliability.expected_error(bins),
         _confusions(rows, chosen),
+        {name: dict(found) for name, found in counts.items()},
+        bins,
+        reliability.effective_number(mass.values()),
         _median_ms(router, [row.routed_prompt for row in rows]),
     )
 
@@ -104,11 +117,14 @@ def calibration_error(decisions: Sequence[RoutingDecision], domains: Sequence[st
 
     Prompts are binned by it, `NUM_BINS` of equal width; each bin counts as much as it has prompts.
     """
+    return reliability.expected_error(_bins(decisions, domains))
+
+
+def _bins(decisions: Sequence[RoutingDecision], domains: Sequence[str]) -> tuple[Bin, ...]:
     likeliest = [max(d.probabilities, key=d.probabilities.__getitem__) for d in decisions]
     asked = zip(decisions, likeliest, domains, strict=True)
-    return reliability.calibration_error(
-        ((d.probabilities[name], name == domain) for d, name, domain in asked), NUM_BINS
-    )
+    pairs = ((d.probabilities[name], name == domain) for d, name, domain in asked)
+    return tuple(reliability.reliability_bins(pairs, NUM_BINS))
 
 
 def _confusions(rows: Sequence[Row], chosen: Sequence[str]) -> tuple[Confusion, ...]:

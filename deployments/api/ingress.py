@@ -13,6 +13,7 @@ from deployments.api.gateway import Gateway
 from deployments.api.openai_api import build_api
 from deployments.domains.remote_domains import RemoteDomains
 from deployments.protos import zephyra_pb2 as pb
+from deployments.router import Router
 
 
 class Ingress(Gateway):
@@ -21,7 +22,8 @@ class Ingress(Gateway):
     def __init__(
         self, router: calls.Handle, replica: calls.Handle, publisher: calls.Handle, settings: AppSettings
     ) -> None:
-        super().__init__(router, replica, settings.resolved_root())
+        root = settings.resolved_root()
+        super().__init__(router, replica, root, own_router=Router(root))
         self._domains = RemoteDomains(publisher, settings)
         self._probing = self.prober.start()
 

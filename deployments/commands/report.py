@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.training.evaluation import DomainReport, Report
+from cluster.training.evaluation_history import Change
+from deployments.commands.router_report import print_router_report
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -16,8 +18,24 @@ def print_report(report: Report, console: Console) -> None:
     if any(domain.exact_match for domain in report.domains.values()):
         console.print(_exact_answers(report))
         _summarize_answers(list(report.domains.values()), console)
-    if report.none_abstained is not None:
-        console.print(f"prompts of no domain sent to the base: {report.none_abstained:.1%} of {report.none_rows}")
+    print_router_report(report.routing, console)
+
+
+def print_changes(changes: list[Change], before: str | None, console: Console) -> None:
+    """What became worse than in the evaluation `before`; None where there was none like it."""
+    if before is None:
+        console.print("no earlier evaluation on the same rows to compare with")
+    elif not changes:
+        console.print(f"[green]nothing is worse than in {before}[/]", highlight=False)
+    else:
+        table = Table(title=f"[red]worse than in {before}[/]", title_justify="left")
+        table.add_column("domain", no_wrap=True)
+        table.add_column("figure")
+        table.add_column("before", justify="right")
+        table.add_column("now", justify="right")
+        for one in changes:
+            table.add_row(one.domain, one.figure, f"{one.before:.3f}", "gone" if one.now is None else f"{one.now:.3f}")
+        console.print(table)
 
 
 def _losses(report: Report) -> Table:

@@ -32,8 +32,8 @@ def print_router_report(report: RouterReport, console: Console) -> None:
         console.print(confused)
     console.print(
         f"accuracy {report.accuracy:.2%}, turned away {report.turned_away:.2%}; "
-        f"calibration error {report.calibration_error:.4f}; {report.p50_ms:.2f} ms per prompt (p50); "
-        f"{report.parameters:,} parameters",
+        f"calibration error {report.calibration_error:.4f}; {report.effective_domains:.1f} of {len(report.domains)} "
+        f"domains used in effect; {report.p50_ms:.2f} ms per prompt (p50); {report.parameters:,} parameters",
         highlight=False,
     )
     if report.none_to_base is not None:

@@ -93,7 +93,7 @@ def starter(request: pytest.FixtureRequest) -> Starter:
 @pytest.fixture(scope="session")
 def report(starter: Starter) -> dict[str, Any]:
     """The starter's evaluation on its test split, by the command that a user types."""
-    done = zephyra("evaluate", "--root", str(starter.root), "--json", str(starter.root / "report.json"))
+    done = zephyra("evaluate", "--root", str(starter.root), "--out", str(starter.root / "report"))
     assert done.returncode == 0, done.stdout + done.stderr
-    content: dict[str, Any] = json.loads((starter.root / "report.json").read_text())
+    content: dict[str, Any] = json.loads((starter.root / "report" / "report.json").read_text())
     return content

@@ -87,8 +87,8 @@ def test_prompts_find_their_domain_and_strangers_the_base(report: dict[str, Any]
     domains = report["domains"].values()
     assert mean(domain["routed_right"] for domain in domains) >= 0.98
     assert mean(domain["abstained"] for domain in domains) <= 0.02
-    assert report["none_rows"] == 200
-    assert report["none_abstained"] >= 0.95
+    assert report["routing"]["none_rows"] == 200
+    assert report["routing"]["none_to_base"] >= 0.95
 
 
 def test_strangers_of_another_hand_go_to_the_base(starter: Starter) -> None:

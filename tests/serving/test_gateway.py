@@ -21,8 +21,9 @@ from cluster.messages import (
 )
 from deployments.api.gateway import Gateway
 from deployments.replica.base_replica import BaseReplica
-from deployments.router import Router
+from deployments.router import SHORT_CHARACTERS, Router
 from tests.nano import DOMAINS, publish_adapter, publish_router
+from tests.router.small_bert import write_small_bert
 from tests.serving.local import GoneHandle, LocalHandle, WordRouter, local_system
 
 pytestmark = pytest.mark.anyio
@@ -120,6 +121,26 @@ async def test_a_chat_is_routed_by_the_users_turns_together(own_root):
         chat += [ChatMessage(Role.ASSISTANT, "it is so")]
     alone = await gateway.route("and why?")
     assert alone.probabilities == ada.route(["and why?"])[0].probabilities != routing.probabilities
+
+
+async def test_what_is_short_is_decided_here_and_only_the_rest_waits_for_the_router(own_root):
+    ada = publish_router(own_root)
+    here = Router(str(own_root))
+    gateway = Gateway(GoneHandle(), GoneHandle(), str(own_root), router_wait_s=0.1, own_router=here)
+    (expected,) = ada.route(["the judge dismissed the appeal"])
+    assert (await gateway.route("the judge dismissed the appeal")).probabilities == expected.probabilities
+    turns = ["select name from users", "and why?"]
+    chat = (ChatMessage(Role.USER, turns[0]), ChatMessage(Role.ASSISTANT, "so"), ChatMessage(Role.USER, turns[1]))
+    assert (await gateway.route(chat)).probabilities == ada.route_conversation(turns).probabilities
+    with pytest.raises(RouterUnavailable):
+        await gateway.route("appeal " * SHORT_CHARACTERS)
+
+
+async def test_a_pretrained_encoder_is_asked_where_it_holds_nobody_up(own_root, tmp_path):
+    ada = publish_router(own_root, str(write_small_bert(tmp_path)))
+    gateway = Gateway(LocalHandle(Router(str(own_root))), GoneHandle(), str(own_root), own_router=Router(str(own_root)))
+    assert Router(str(own_root)).at_hand(["why?"]) is None
+    assert (await gateway.route("why?")).probabilities == ada.route(["why?"])[0].probabilities
 
 
 async def test_a_router_that_does_not_answer_is_an_error_and_others_need_none(root, system):
