@@ -82,4 +82,4 @@ class Router:
     def _parts(state: CatalogState) -> tuple[object, ...]:
         """What the router is made of: a version without prototypes does not change it."""
         versions = {name: state.adapters[name] for name in state.prototypes}
-        return state.router, state.adapters.keys(), versions, state.prototypes
+        return state.router, state.adapters.keys(), versions, state.prototypes, state.aliases.keys()

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cluster.errors import InvalidInput, ZephyraError
 from cluster.training import STAGES
 from cluster.training.pipeline import run_all
 from cluster.training.recipes import recipe
+from cluster.training.tracking import FOLDER, EventLog
 
 _REPORT_EVERY_S = 5.0
 
@@ -31,17 +33,19 @@ _REPORT_EVERY_S = 5.0
 class TrainRun:
     """A stage inside a Ray Train worker: one line of progress now and then, checkpoints kept by Ray Train."""
 
-    def __init__(self, stage: str) -> None:
-        self._stage = stage
+    def __init__(self, stage: str, events: EventLog) -> None:
+        self._stage, self._events = stage, events
         self._title, self._num_steps = "", 0
         self._started_s = self._reported_s = time.monotonic()
         self._metrics: dict[str, float] = {}
 
     def start(self, title: str, num_steps: int) -> None:
         self._title, self._num_steps, self._started_s = title, num_steps, time.monotonic()
+        self._events.start(title, num_steps)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         self._metrics = {"step": step, **metrics}
+        self._events.report(step, metrics)
         now = time.monotonic()
         if now - self._reported_s < _REPORT_EVERY_S and step != self._num_steps:
             return
@@ -72,7 +76,9 @@ def _train(config: dict[str, Any]) -> str | None:
     """
     try:
         settings = StageSettings.model_validate_json(config["settings"])
-        STAGES[config["stage"]](settings, TrainRun(config["stage"]))
+        stage = config["stage"]
+        with closing(EventLog(settings.root / FOLDER / f"{stage}-{settings.mark}")) as events:
+            STAGES[stage](settings, TrainRun(stage, events))
     except ZephyraError as error:
         return str(error)
     return None

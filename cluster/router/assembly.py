@@ -1,8 +1,8 @@
 """The router that the catalog asks for: the trained artifact, and the prototypes of each domain beside its adapter.
 
-A domain that is not in the catalog has no rows. One with prototypes of its own has those; one without has the rows it
-was trained with. Prototypes made with another version of the router give way to rows trained into this one; where there
-are none, they are made again from the domain's stored examples.
+A name that the catalog does not hold, as a domain or an alias, has no rows. A domain with prototypes of its own has
+those; one without has the rows it was trained with. Prototypes made with another version of the router give way to rows
+trained into this one; where there are none, they are made again from the domain's stored examples.
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,9 @@ class RouterAssembly:
         if state.router != self._version or self._trained is None or self._last is None:
             self._trained = self._last = TinyAda.load(self._store.folder(f"router/{state.router}"))
             self._version, self._rows_of = state.router, dict.fromkeys(self._trained.domains)
-        wanted: dict[str, _Own | None] = {name: None for name in self._trained.domains if name in state.adapters}
+        # A name that was trained and is an alias now is still recognised: another domain's adapter answers for it.
+        served = state.adapters.keys() | state.aliases.keys()
+        wanted: dict[str, _Own | None] = {name: None for name in self._trained.domains if name in served}
         wanted |= {name: (state.adapters[name], sha256) for name, sha256 in state.prototypes.items()}
         before, missing = self._rows_of, object()
         changed = [name for name, own in wanted.items() if before.get(name, missing) != own]

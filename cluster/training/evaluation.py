@@ -2,20 +2,14 @@
 the worst adapter give. Uses the engine and the mixed batch that serve, not those of training.
 """
 
-import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from cluster.config import EngineSettings
 from cluster.engine.engine import Engine
 from cluster.errors import InvalidData
 from cluster.lora.catalog import Catalog
-from cluster.lora.linear import attach_mixed_batch
-from cluster.lora.weights import AdapterWeights
 from cluster.messages import (
     NONE_DOMAIN,
     AdapterRef,
@@ -27,14 +21,12 @@ from cluster.messages import (
 )
 from cluster.model.base import Base
 from cluster.training.artifacts import published_adapter, published_base, published_router, require_adapters
-from cluster.training.data import Row, collate, data_digest, encode, read_data
-from cluster.training.language_model import summed_loss
+from cluster.training.data import Row, data_digest, read_data
+from cluster.training.mixture_losses import MixtureLosses, mixture_of
 from cluster.training.router_evaluation import RouterReport, evaluate_router
 from cluster.training.run import Run
-from cluster.training.stage_adapters import padding_id
 from cluster.training.stage_router import chosen_domain
 
-_ROWS_PER_BATCH = 8
 _CHECKABLE_CHARACTERS = 64
 """Answers up to this length are compared word for word; longer ones have no single right wording."""
 
@@ -128,7 +120,9 @@ def evaluate(settings: EvaluationSettings, run: Run) -> Report:
     router = published_router(settings.root, state)
     for domain in state.adapters:
         judge.adapters[state.ref(domain)] = published_adapter(settings.root, state.ref(domain))
-    domains = [name for name in data.domains if name in state.adapters and data.rows(settings.split, name)]
+    # A domain whose adapter was combined with another's is an alias of that.
+    refs = {name: state.ref(name) for name in (*state.adapters, *state.aliases)}
+    domains = [name for name in data.domains if name in refs and data.rows(settings.split, name)]
     if not domains:
         raise InvalidData(f"{settings.data} has no {settings.split} rows of {', '.join(sorted(state.adapters))}.")
     run.start("evaluation", len(domains))
@@ -138,8 +132,8 @@ def evaluate(settings: EvaluationSettings, run: Run) -> Report:
         prompts = [row.routed_prompt for row in rows]
         stranger = router.without_domain(domain) if domain in router.domains else router
         decisions = router.route(prompts), stranger.route(prompts)
-        others = [state.ref(name) for name in sorted(state.adapters) if name != domain]
-        reports[domain] = judge.domain(rows, *decisions, {n: state.ref(n) for n in state.adapters}, others, index)
+        others = [state.ref(name) for name in sorted(state.adapters) if state.ref(name) != refs[domain]]
+        reports[domain] = judge.domain(rows, *decisions, refs, others, index)
         run.report(index + 1, {})
     routed = [row for name in domains for row in data.rows(settings.split, name, settings.rows_per_domain)]
     routing = evaluate_router(router, [*routed, *data.rows(settings.split, NONE_DOMAIN)], settings.split)
@@ -152,11 +146,11 @@ class _Judge:
     """Losses and answers of a base under given mixtures."""
 
     def __init__(self, base: Base, settings: EvaluationSettings) -> None:
-        self._base, self._settings = base, settings
-        self.adapters: dict[AdapterRef, AdapterWeights] = {}
+        self._settings = settings
         # The engine takes its model over, so losses have one of their own.
-        self._model = copy.deepcopy(base.model)
-        self._mixed_batch = attach_mixed_batch(self._model)
+        self._losses = MixtureLosses(base, settings.max_tokens)
+        self.adapters = self._losses.adapters
+        self.loss = self._losses.mean
         self._engine = Engine(base, EngineSettings(max_batch_size=64, max_waiting=100_000, adapter_bytes=2**40))
 
     def domain(
@@ -169,10 +163,7 @@ class _Judge:
         index: int,
     ) -> DomainReport:
         domain = rows[0].domain
-        routed, strange = (
-            [Mixture.of({refs[name]: w for name, w in d.weights.items() if name in refs}) for d in some]
-            for some in (decisions, strange_decisions)
-        )
+        routed, strange = ([mixture_of(d.weights, refs) for d in some] for some in (decisions, strange_decisions))
         oracle = [Mixture.of({refs[domain]: 1.0})] * len(rows)
         plain = [Mixture()] * len(rows)
         heaviest = [chosen_domain(decision) for decision in decisions]
@@ -196,21 +187,6 @@ class _Judge:
             sum(not d.weights for d in some) / len(rows) for some in (decisions, strange_decisions)
         )
         return DomainReport(len(rows), right, abstained, strange_abstained, loss, exact)
-
-    @torch.inference_mode()
-    def loss(self, rows: Sequence[Row], mixtures: Sequence[Mixture]) -> float:
-        """Mean loss per response token, each row through its own mixture."""
-        examples = encode(self._base.tokenizer, rows, self._settings.max_tokens)
-        order = sorted(range(len(rows)), key=lambda i: len(examples[i].ids))
-        nats, labels = 0.0, 0
-        for start in range(0, len(order), _ROWS_PER_BATCH):
-            chosen = order[start : start + _ROWS_PER_BATCH]
-            batch = collate([[examples[i]] for i in chosen], padding_id(self._base.tokenizer), learn_prompts=False)
-            lengths = [batch.ids_BT.shape[1]] * len(chosen)
-            self._mixed_batch.set_rows([mixtures[i] for i in chosen], lengths, self.adapters)
-            nats += summed_loss(self._model, batch)
-            labels += batch.num_labels
-        return nats / labels if labels else math.nan
 
     def exact_match(self, rows: Sequence[Row], mixtures: Sequence[Mixture]) -> float:
         """Share of rows that the engine answers word for word."""

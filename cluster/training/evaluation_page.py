@@ -2,7 +2,6 @@
 nothing that is fetched from elsewhere.
 """
 
-import io
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 
 from cluster.messages import NONE_DOMAIN
 from cluster.training.evaluation import Report
+from cluster.training.plots import svg
 
 _TEMPLATE = "evaluation.html"
 _MOST_IN_PLOT = 40
@@ -53,7 +53,7 @@ def _losses(report: Report) -> Markup:
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("nats per token")
     axes.legend(loc="lower right", frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _confusion(report: Report) -> Markup:
@@ -70,7 +70,7 @@ def _confusion(report: Report) -> Markup:
     axes.set_xlabel("routed to")
     axes.set_ylabel("belongs to")
     figure.colorbar(image, label="share of the row")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _reliability(report: Report) -> Markup:
@@ -82,11 +82,4 @@ def _reliability(report: Report) -> Markup:
     sizes = [20 + 180 * one.rows / most for one in bins]
     axes.scatter([one.confidence for one in bins], [one.right for one in bins], s=sizes, color=_KINDS["routed"])
     axes.set(xlim=(0, 1.05), ylim=(-0.05, 1.05), xlabel="confidence", ylabel="share that was right")
-    return _svg(figure)
-
-
-def _svg(figure: Figure) -> Markup:
-    """The plot as an element of the page: our own text alone, names escaped by matplotlib."""
-    content = io.StringIO()
-    figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return Markup(content.getvalue()[content.getvalue().index("<svg") :])
+    return svg(figure)

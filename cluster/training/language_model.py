@@ -27,6 +27,15 @@ def summed_loss(model: PreTrainedModel, batch: Batch) -> float:
     return float(nn.functional.cross_entropy(*_logits_and_labels(model, batch), reduction="sum"))
 
 
+@torch.inference_mode()
+def row_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Summed cross-entropy in nats of each row's labelled tokens, float64 [B]."""
+    logits, labels = _logits_and_labels(model, batch)
+    rows = (batch.labels_BT != IGNORED_LABEL).nonzero()[:, 0]
+    nats = nn.functional.cross_entropy(logits, labels, reduction="none").double()
+    return torch.zeros(len(batch.ids_BT), dtype=torch.float64).index_add_(0, rows, nats)
+
+
 def batches_by_length(examples: Sequence[Example], tokens_per_batch: int, pad_id: int) -> list[Batch]:
     """All examples, shortest first, responses to be predicted: for evaluation."""
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))

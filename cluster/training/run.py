@@ -12,6 +12,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from cluster.training.tracking import EventLog
+
 
 class Run(Protocol):
     """The surroundings of one stage."""
@@ -35,8 +37,10 @@ class Run(Protocol):
 class LocalRun:
     """A stage in this process: a progress bar on the terminal, checkpoints in a folder."""
 
-    def __init__(self, name: str, folder: Path, console: Console) -> None:
+    def __init__(self, name: str, folder: Path, console: Console, events: Path | None = None) -> None:
+        """`events`: where the curves are kept; nowhere by default."""
         self._name, self._folder, self._console = name, folder, console
+        self._events = EventLog(events) if events is not None else None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._printed_s = 0.0
@@ -46,11 +50,15 @@ class LocalRun:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._close_bar()
+        if self._events is not None:
+            self._events.close()
         if kind is None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self, title: str, num_steps: int) -> None:
         self._close_bar()
+        if self._events is not None:
+            self._events.start(title, num_steps)
         self._progress = Progress(
             TextColumn("[bold]{task.description:<22}"),
             BarColumn(bar_width=24),
@@ -67,6 +75,8 @@ class LocalRun:
         text = "  ".join(
             f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.3f}" for name, value in metrics.items()
         )
+        if self._events is not None:
+            self._events.report(step, metrics)
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step, metrics=text)
         if not self._console.is_terminal and time.monotonic() - self._printed_s > 10:

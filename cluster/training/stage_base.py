@@ -23,6 +23,7 @@ from cluster.model.tokenizer import train_tokenizer
 from cluster.training.data import BASE_DOMAIN, BatchPlan, DataSet, Row, encode, read_data
 from cluster.training.language_model import batch_loss, batches_by_length, summed_loss
 from cluster.training.optimization import Optimizer, load_checkpoint, save_checkpoint
+from cluster.training.provenance import write_provenance
 from cluster.training.run import Run
 
 _TOKENIZER_CHARACTERS = 20_000_000
@@ -49,7 +50,7 @@ def train_base(settings: StageSettings, run: Run) -> None:
     run.say(f"Zephyra Fusion '{base.size}': {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
     _fit(model, tokenizer, rows, settings, run)
     model.eval()
-    version = write_version(settings.root / "base", lambda folder: _save(model, tokenizer, folder))
+    version = write_version(settings.root / "base", lambda folder: _save(model, tokenizer, folder, settings))
     catalog = Catalog(settings.root)
     catalog.publish(Change(base=version))
     bits = _bits_per_byte(model, tokenizer, _rows(data, "val", settings), base.max_tokens)
@@ -107,9 +108,10 @@ def _fit(
             run.checkpoint(partial(save_checkpoint, step=done, tensors=state))
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, settings: StageSettings) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_provenance(folder, "base", settings)
 
 
 def _bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], limit: int) -> float:

@@ -82,7 +82,7 @@ def train_joint(settings: StageSettings, run: Run) -> None:
         )
         for domain in domains
     }
-    version = publish_router(settings.root, router)
+    version = publish_router(router, "joint", settings)
     _publish(catalog, state, Change(adapters=published, router=version))
     run.say(f"published {len(published)} adapters and router {version}")
 

@@ -18,6 +18,7 @@ from cluster.router.sentence_model import find_sentence_model
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.artifacts import publish_for_base, published_base, require_adapters
 from cluster.training.data import DataSet, Row, read_data
+from cluster.training.provenance import write_provenance
 from cluster.training.run import Run
 
 
@@ -44,7 +45,7 @@ def train_router(settings: StageSettings, run: Run) -> None:
     finally:
         torch.set_num_threads(num_threads)
     router = fit.finish()
-    version = publish_router(settings.root, router)
+    version = publish_router(router, "router", settings)
     publish_for_base(catalog, Change(router=version), state.base)
     share = router.num_parameters / base.num_parameters
     run.say(f"tiny ada: {router.num_parameters:,} parameters, {share:.1%} of the base's")
@@ -56,9 +57,14 @@ def router_rows(data: DataSet, split: str, limit: int) -> list[Row]:
     return [row for domain in (*data.domains, NONE_DOMAIN) for row in data.rows(split, domain, limit)]
 
 
-def publish_router(root: Path, router: TinyAda) -> int:
+def publish_router(router: TinyAda, stage: str, settings: StageSettings) -> int:
     """Write the router as its next version and return the number. Not current until the catalog says so."""
-    return write_version(root / "router", router.save)
+
+    def write(folder: Path) -> None:
+        router.save(folder)
+        write_provenance(folder, stage, settings)
+
+    return write_version(settings.root / "router", write)
 
 
 def chosen_domain(decision: RoutingDecision) -> str:

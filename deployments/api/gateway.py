@@ -224,10 +224,17 @@ class Gateway:
         return ref
 
     def _current(self, weights: Mapping[str, float]) -> Mixture:
-        """The router's weights over current versions. A domain withdrawn a moment ago is left out of them."""
-        known = {domain: weight for domain, weight in weights.items() if domain in self.state.adapters}
-        total = 1.0 if len(known) == len(weights) else sum(known.values())
-        return Mixture.of({self.state.ref(domain): weight / total for domain, weight in known.items()})
+        """The router's weights over current versions, those of a domain and its aliases together. A domain withdrawn a
+        moment ago is left out of them.
+        """
+        state, known = self.state, dict[AdapterRef, float]()
+        for name, weight in weights.items():
+            domain = state.aliases.get(name, name)
+            if domain in state.adapters:
+                ref = state.ref(domain)
+                known[ref] = known.get(ref, 0.0) + weight
+        total = sum(known.values())
+        return Mixture.of(known if total == sum(weights.values()) else {ref: w / total for ref, w in known.items()})
 
 
 def _resolved(request: ClientRequest, mixture: Mixture, elapsed_s: float) -> list[GenerateRequest]:

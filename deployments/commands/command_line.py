@@ -69,6 +69,8 @@ def run_stage(stage: str, settings: StageSettings) -> None:
     """One stage in this process, with a progress bar."""
     from cluster.training import STAGES
     from cluster.training.run import LocalRun
+    from cluster.training.tracking import FOLDER
 
-    with LocalRun(stage, settings.root / "runs" / f"{stage}-{settings.mark}", console) as run:
+    name = f"{stage}-{settings.mark}"
+    with LocalRun(stage, settings.root / "runs" / name, console, settings.root / FOLDER / name) as run:
         STAGES[stage](settings, run)

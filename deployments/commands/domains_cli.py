@@ -7,7 +7,7 @@ import typer
 
 from cluster.errors import InvalidInput
 from cluster.router.examples import MAX_EXAMPLES_BYTES, Examples
-from deployments.commands.command_line import console, errors_told, root_or_bucket
+from deployments.commands.command_line import console, errors_told, root_and_data, root_or_bucket
 
 if TYPE_CHECKING:
     from deployments.domains.operations import Domains
@@ -107,6 +107,38 @@ def tag(
         _domains(root).set_tag(name, tag, version)
         meaning = f"is {name}@{version}" if version is not None else "means nothing any more"
         console.print(f"{name}@{tag} {meaning}", highlight=False)
+
+
+@app.command()
+def prune(
+    root: Annotated[str | None, typer.Option(help="The system; by default the one trained on --data last.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of Parquet files; by default what was trained on.")] = None,
+    keep: Annotated[int, typer.Option(min=1, help="Stop at so many adapters.")] = 1,
+    epsilon: Annotated[
+        float, typer.Option(min=0, max=1, help="The most that any domain's loss may rise, as a share of it.")
+    ] = 0.02,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each domain to measure.")] = 32,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    apply: Annotated[bool, typer.Option("--apply", help="Publish what is proposed, in one generation.")] = False,
+) -> None:
+    """Propose adapters to drop or to combine, with what each costs; nothing changes without --apply."""
+    from cluster.training import pruning, pruning_report
+    from cluster.training.run import LocalRun
+    from deployments.commands.pruning_table import print_pruning
+
+    with errors_told():
+        place, folder = root_and_data(root, data)
+        settings = pruning.PruneSettings(place, folder, keep, epsilon, split, rows)
+        with LocalRun("pruning", place / "runs" / "pruning", console) as run:
+            proposal = pruning.prune(settings, run)
+        written = pruning_report.write_proposal(place, proposal.report)
+        print_pruning(proposal.report, console)
+        console.print(f"written to {written}: report.html to look at, report.json", highlight=False)
+        if apply:
+            state = pruning_report.apply(place, proposal)
+            console.print(f"published in generation {state.generation}", highlight=False)
+        else:
+            console.print("nothing was changed; --apply does it", highlight=False)
 
 
 def _domains(root: str | None) -> "Domains":

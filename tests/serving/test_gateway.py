@@ -107,6 +107,18 @@ async def test_a_domain_that_only_the_router_knows_is_left_out(root, system):
     assert (await gateway.route("art")).mixture == Mixture()
 
 
+async def test_a_domain_that_became_an_alias_is_answered_by_the_one_it_names(own_root):
+    ada = publish_router(own_root)
+    Catalog(own_root).publish(Change(withdrawn=("math",), aliases={"math": "law"}))
+    router = Router(str(own_root))
+    prompts = ["solve the equation", "the judge dismissed the appeal", "select name from users"]
+    assert [d.weights for d in await router.route(prompts)] == [d.weights for d in ada.route(prompts)]
+    gateway = Gateway(LocalHandle(WordRouter(DOMAINS)), GoneHandle(), str(own_root))
+    assert (await gateway.route("math")).mixture == Mixture.of({ref("law"): 1.0})
+    both = await gateway.route("law, math and sql")
+    assert both.mixture == Mixture.of({ref("law"): 2 / 3, ref("sql"): 1 / 3})
+
+
 async def test_a_chat_is_routed_by_the_users_turns_together(own_root):
     ada = publish_router(own_root)
     gateway = Gateway(LocalHandle(Router(str(own_root))), GoneHandle(), str(own_root))
