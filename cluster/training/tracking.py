@@ -32,7 +32,8 @@ class EventLog:
         self._written_s = now_s
         if self._writer is None:
             # Steps from here on replace those that a killed run had told and not kept.
-            self._writer = SummaryWriter(str(self._folder), purge_step=step)
+            # The suffix: files are otherwise named by the second.
+            self._writer = SummaryWriter(str(self._folder), purge_step=step, filename_suffix=f".{time.time_ns()}")
         for name, value in metrics.items():
             self._writer.add_scalar(f"{self._title}/{name}", value, step)
 
