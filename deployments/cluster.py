@@ -60,9 +60,12 @@ class Ports:
 
     def http_options(self) -> HTTPOptions:
         """For Serve's proxy."""
-        # In this order: Serve looks for the key when it checks the certificate.
-        files = {} if self.tls is None else {"ssl_keyfile": str(self.tls.key), "ssl_certfile": str(self.tls.cert)}
-        return HTTPOptions(host=self.host, port=self.http, **files)
+        return HTTPOptions(
+            host=self.host,
+            port=self.http,
+            ssl_keyfile=None if self.tls is None else str(self.tls.key),
+            ssl_certfile=None if self.tls is None else str(self.tls.cert),
+        )
 
     def grpc_tls(self) -> GrpcTls | None:
         """For `add_service`, in the same process."""

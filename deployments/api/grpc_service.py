@@ -5,6 +5,7 @@ Ray 2.60 has no option for a certificate, but it hands its server to this functi
 
 import ssl
 from pathlib import Path
+from typing import Any
 
 import grpc
 from ray.serve._private.grpc_util import gRPCGenericServer
@@ -16,7 +17,8 @@ from deployments.protos import zephyra_pb2_grpc
 
 def add_service(servicer: object, server: gRPCGenericServer) -> None:
     """Add zephyra.v1.Zephyra to `server`, and a port with TLS if the environment says so. Raises `InvalidInput`."""
-    zephyra_pb2_grpc.add_ZephyraServicer_to_server(servicer, server)
+    add: Any = zephyra_pb2_grpc.add_ZephyraServicer_to_server  # generated, untyped
+    add(servicer, server)
     if (tls := grpc_tls()) is None:
         return
     check_certificate(tls.cert, tls.key)
