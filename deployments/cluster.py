@@ -1,5 +1,6 @@
 """Starts Ray on this machine, serves Zephyra on it, and stops it again: what `zephyra serve` and the tests run."""
 
+import errno
 import logging
 import signal
 import socket
@@ -17,6 +18,7 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 from cluster.config import AppSettings, GrpcTls, put_first_on_path, told_of_tls
 from cluster.errors import InvalidInput, PortTaken
 from deployments.api.grpc_service import check_certificate
+from deployments.api.keys import read_keys
 from deployments.api.loopback import is_local
 from deployments.application import APPLICATION_NAME, build
 
@@ -75,12 +77,14 @@ class Ports:
         return GrpcTls(self.tls.cert, self.tls.key, f"{host}:{self.tls.grpc_port}")
 
     def check_open_to(self, settings: AppSettings) -> None:
-        """Raise `InvalidInput` where other machines would be let in without keys, or a certificate cannot be used."""
+        """Raise `InvalidInput` where others would be let in without keys, or where keys or a certificate are none."""
         if not is_local(self.host) and settings.keys_file is None and not settings.insecure:
             raise InvalidInput(
                 f"--host {self.host} lets other machines in, and there are no keys; make one with `zephyra keys add "
                 "NAME` and pass --keys-file, or pass --insecure to answer anybody."
             )
+        if (keys_file := settings.resolved_keys_file()) is not None:
+            read_keys(keys_file)
         if self.tls is not None:
             check_certificate(self.tls.cert, self.tls.key)
 
@@ -139,6 +143,10 @@ def _is_free(host: str, port: int) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return False
+            raise InvalidInput(
+                f"--host {host} is no address of this machine ({error.strerror}); give one, or 0.0.0.0 for all."
+            ) from error
     return True

@@ -159,12 +159,20 @@ def test_the_environment_is_told_and_left_as_it_was(tls: Tls, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
-def test_other_machines_are_let_in_with_keys_or_on_purpose(host: str) -> None:
+def test_other_machines_are_let_in_with_keys_or_on_purpose(host: str, keys_file: Path) -> None:
     with pytest.raises(InvalidInput, match=f"--host {host} lets other machines in, and there are no keys"):
         Ports(host=host).check_open_to(AppSettings())
-    for settings in (AppSettings(keys_file="k.json"), AppSettings(insecure=True)):
+    with pytest.raises(InvalidInput, match="zephyra keys add"):
+        Ports(host=host).check_open_to(AppSettings(keys_file=str(keys_file)))
+    add_key(keys_file, "a", Role.INFER)
+    for settings in (AppSettings(keys_file=str(keys_file)), AppSettings(insecure=True)):
         Ports(host=host).check_open_to(settings)
     Ports().check_open_to(AppSettings())
+
+
+def test_a_host_that_is_elsewhere_is_no_taken_port() -> None:
+    with pytest.raises(InvalidInput, match=r"--host 203\.0\.113\.7 is no address of this machine"):
+        Ports(host="203.0.113.7").check_free()
 
 
 def test_a_certificate_that_is_none_is_refused_before_anything_starts(tmp_path: Path) -> None:
