@@ -5,15 +5,21 @@ Pydantic models with unknown keys refused, frozen, composed and never inherited 
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from cluster.errors import InvalidInput
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 """The folder that holds `cluster/`: relative paths in settings are taken from here, in whatever process."""
 
 DEFAULT_ROOT = "artifacts/starter"
+DEFAULT_KEYS_FILE = "keys/keys.json"
 
 Root = Path | str
 """Where artifacts lie: a local folder as a path, or the URI of a bucket: s3://..., gs://..., az://..., file://..."""
@@ -246,12 +252,25 @@ class AppSettings(_Settings):
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of a base replica's products; 0 for all cores but one, which the other processes need."""
     domain_changes: bool = True
-    """Callers on this machine may add, withdraw and roll back domains over HTTP and gRPC; others never may."""
+    """Domains may be added, withdrawn and rolled back over HTTP and gRPC, by whom `keys_file` says."""
     upload_bytes: int = Field(default=2**28, ge=1)
     """Of one adapter that is uploaded, all its files and examples together."""
     adapter_folder: str | None = None
     """Callers may name a folder below this one instead of uploading an adapter; by default none may."""
+    keys_file: str | None = None
+    """JSON file of API keys, which `zephyra keys` writes: every caller needs one, and an admin's to change domains. By
+    default there are none, and only callers on this machine are served."""
+    insecure: bool = False
+    """Without keys, answer callers on other machines as well; domains are still changed from this one only."""
+    plain_grpc_local: bool = False
+    """Serve callers on other machines over gRPC with TLS only: Ray opens the plain port on all interfaces."""
     engine: EngineSettings = EngineSettings()
+
+    @model_validator(mode="after")
+    def _callers_are_known_or_not(self) -> Self:
+        if self.insecure and self.keys_file is not None:
+            raise ValueError("insecure is set beside keys_file; expected one or the other: keys let nobody else in")
+        return self
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Self:
@@ -279,6 +298,21 @@ class AppSettings(_Settings):
             return None
         return absolute(self.base)
 
+    def resolved_keys_file(self) -> Path | None:
+        """The file of API keys as an absolute path."""
+        return None if self.keys_file is None else absolute(self.keys_file)
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcTls:
+    """A port on which gRPC is served over TLS, beside the plain one."""
+
+    cert: Path
+    key: Path
+    """PEM files."""
+    address: str
+    """host:port; by default port 9443 of all interfaces."""
+
 
 def absolute(path: str | Path) -> Path:
     """`path`, taken from the checkout when it is relative."""
@@ -293,6 +327,35 @@ def root_from(text: str) -> Root:
 def ray_address() -> str | None:
     """Where `ray job submit` said the cluster is; None outside a job."""
     return os.environ.get("RAY_ADDRESS")
+
+
+_TLS_CERT, _TLS_KEY, _TLS_ADDRESS = "ZEPHYRA_TLS_CERT", "ZEPHYRA_TLS_KEY", "ZEPHYRA_GRPC_TLS_ADDRESS"
+
+
+def grpc_tls() -> GrpcTls | None:
+    """What Ray was started with: its proxy reads no settings of ours. Raises `InvalidInput` for one file of the two."""
+    cert, key = (os.environ.get(name) or None for name in (_TLS_CERT, _TLS_KEY))
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        given, missing = (_TLS_CERT, _TLS_KEY) if key is None else (_TLS_KEY, _TLS_CERT)
+        raise InvalidInput(f"{given} is set and {missing} is not; set both, or neither to have no TLS.")
+    return GrpcTls(absolute(cert), absolute(key), os.environ.get(_TLS_ADDRESS) or "[::]:9443")
+
+
+@contextmanager
+def told_of_tls(tls: GrpcTls | None) -> Iterator[None]:
+    """Let processes that are started meanwhile find `tls`; without one, what they would find anyway."""
+    before = dict(os.environ)
+    if tls is not None:
+        os.environ.update({_TLS_CERT: str(tls.cert), _TLS_KEY: str(tls.key), _TLS_ADDRESS: tls.address})
+    try:
+        yield
+    finally:
+        for name in (_TLS_CERT, _TLS_KEY, _TLS_ADDRESS):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
 
 
 def cache_folder() -> Path:

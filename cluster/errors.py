@@ -17,6 +17,9 @@
     ├── NotTrained              serving was asked for a root that holds no base
     ├── PortTaken               another process listens where we were to
     ├── PeerRefused             a caller from another machine, or what was turned off for all
+    ├── InvalidKey              no API key where one is needed, or one that is not known
+    ├── RoleRefused             an API key whose role does not allow what was asked
+    ├── KeysUnavailable         the file of API keys cannot be read
     ├── Overloaded              the queue is full: try again later
     ├── DeadlineExceeded        the time that the request gave itself is over
     ├── RouterUnavailable       the router does not answer
@@ -99,6 +102,18 @@ class PortTaken(ZephyraError):
 
 class PeerRefused(ZephyraError):
     """A caller from another machine where only this one is served, or a change nobody may make."""
+
+
+class InvalidKey(ZephyraError):
+    """No API key where one is needed, or one that is not known."""
+
+
+class RoleRefused(ZephyraError):
+    """An API key whose role does not allow what was asked."""
+
+
+class KeysUnavailable(ZephyraError):
+    """The file of API keys cannot be read, so that nobody's can be checked."""
 
 
 class Overloaded(ZephyraError):

@@ -13,6 +13,7 @@ import cluster
 from cluster.config import CHECKOUT, AppSettings, FetchSettings
 from cluster.errors import InvalidInput
 from deployments.api.ingress import Ingress
+from deployments.api.keys import read_keys
 from deployments.domains.publisher import Publisher
 from deployments.replica.affinity_router import router_config
 from deployments.replica.autoscaling import autoscaling_config
@@ -36,8 +37,12 @@ threads four times less. For code that never blocks its loop."""
 
 
 def build(settings: AppSettings) -> Application:
-    """The application for these settings. Raises `NotTrained` before anything starts when there is no such base."""
+    """The application for these settings. Raises before anything starts: `NotTrained` when there is no such base,
+    `InvalidInput` when the keys cannot be read.
+    """
     check_packages()
+    if (keys_file := settings.resolved_keys_file()) is not None:
+        read_keys(keys_file)
     base_folder(settings)
     return bind(settings)
 

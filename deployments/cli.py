@@ -9,8 +9,17 @@ import typer
 
 from cluster.config import DEFAULT_ROOT, AppSettings, Quantization, absolute
 from cluster.errors import InvalidInput
-from deployments.commands.command_line import STARTER, console, errors_told, root_and_data, run_stage, stage_settings
+from deployments.commands.command_line import (
+    STARTER,
+    console,
+    errors_told,
+    root_and_data,
+    run_stage,
+    settings_of_options,
+    stage_settings,
+)
 from deployments.commands.domains_cli import app as domains_app
+from deployments.commands.keys_cli import app as keys_app
 from deployments.commands.router_cli import app as router_app
 
 app = typer.Typer(
@@ -18,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(router_app, name="router")
 app.add_typer(domains_app, name="domains")
+app.add_typer(keys_app, name="keys")
 
 
 @app.command()
@@ -29,40 +39,45 @@ def serve(
     ] = None,
     shards: Annotated[int, typer.Option(min=1, max=1024)] = 2,
     replicas: Annotated[int, typer.Option(min=1, max=1024, help="Base replicas.")] = 1,
-    port: Annotated[int, typer.Option(help="HTTP, on 127.0.0.1.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="gRPC, for callers on this machine.")] = 9000,
-    dashboard_port: Annotated[int, typer.Option(help="The Ray dashboard, on 127.0.0.1.")] = 8265,
+    host: Annotated[str, typer.Option(help="0.0.0.0 for all addresses of this machine; needs keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="gRPC without TLS.")] = 9000,
+    grpc_tls_port: Annotated[int, typer.Option(help="gRPC over TLS, with --tls-cert.")] = 9443,
+    dashboard_port: Annotated[int, typer.Option(help="The Ray dashboard, always on 127.0.0.1.")] = 8265,
+    keys_file: Annotated[
+        Path | None, typer.Option(help="What `zephyra keys` wrote; then every caller needs one.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Answer other machines without keys.")] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate, a PEM file: HTTP and gRPC over TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key, a PEM file.")] = None,
 ) -> None:
     """Start a local cluster and serve on it until interrupted. Trains the starter first if it is not there."""
     from cluster.training.pipeline import is_trained
-    from deployments.cluster import Ports, serving, wait_forever
+    from deployments.cluster import Ports, Tls, serving, wait_forever
+    from deployments.commands.invitation import print_invitation
 
     with errors_told():
-        ports = Ports(http=port, grpc=grpc_port, dashboard=dashboard_port)
+        if (tls_cert is None) != (tls_key is None):
+            raise InvalidInput("--tls-cert and --tls-key go together; give both, or neither to have no TLS.")
+        tls = None if tls_cert is None or tls_key is None else Tls(tls_cert.resolve(), tls_key.resolve(), grpc_tls_port)
+        ports = Ports(port, grpc_port, dashboard_port, host, tls)
+        settings = settings_of_options(
+            root=root,
+            base=base,
+            quantization=quantization,
+            shards=shards,
+            replicas=replicas,
+            keys_file=None if keys_file is None else str(keys_file.resolve()),
+            insecure=insecure,
+        )
+        ports.check_open_to(settings)
         ports.check_free()
         if root is None and base is None and not is_trained(absolute(DEFAULT_ROOT)):
             _train_all(STARTER, None, None, again=False)
-        settings = AppSettings(root=root, base=base, quantization=quantization, shards=shards, replicas=replicas)
         console.print(f"starting the cluster: 1 router, {replicas} base replica(s), {shards} adapter shards ...")
         with serving(settings, ports, quiet=True):
-            _print_invitation(ports.http, ports.grpc, dashboard_port)
+            print_invitation(ports, keys_file is not None, console)
             wait_forever()
-
-
-def _print_invitation(http: int, grpc: int, dashboard: int) -> None:
-    prompt = "What is the capital of France?"
-    url = "" if http == 8000 else f" --url http://127.0.0.1:{http}"
-    target = "--grpc" if grpc == 9000 else f"--grpc --grpc-target 127.0.0.1:{grpc}"
-    body = json.dumps({"model": "zephyra", "prompt": prompt})
-    console.print(
-        f"\n[bold green]Zephyra is up.[/] HTTP http://127.0.0.1:{http}   gRPC 127.0.0.1:{grpc}   "
-        f"dashboard http://127.0.0.1:{dashboard}\nTry, in another terminal:\n",
-        highlight=False,
-    )
-    # Plain print: lines to be copied must not be wrapped.
-    print(f"  .venv/bin/zephyra chat{url}")
-    print(f"  curl http://127.0.0.1:{http}/v1/completions -H 'content-type: application/json' -d '{body}'")
-    print(f'  .venv/bin/zephyra chat {target} "{prompt}"\n\nCtrl-C stops it.', flush=True)
 
 
 @app.command()
@@ -160,7 +175,15 @@ def chat(
     model: Annotated[str, typer.Option(help="zephyra, zephyra:DOMAIN or base.")] = "zephyra",
     url: Annotated[str, typer.Option(help="Where HTTP is served.")] = "http://127.0.0.1:8000",
     grpc: Annotated[bool, typer.Option("--grpc", help="Ask over gRPC instead of HTTP.")] = False,
-    grpc_target: Annotated[str, typer.Option(help="Where gRPC is served.")] = "127.0.0.1:9000",
+    grpc_target: Annotated[
+        str, typer.Option(help="Where gRPC is served; https://HOST:PORT for TLS.")
+    ] = "127.0.0.1:9000",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="ZEPHYRA_API_KEY", help="Where callers need one; others see arguments.")
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="PEM file of the authority, or the certificate itself, to trust over TLS.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
     remember: Annotated[
         bool, typer.Option("--remember", help="Send earlier turns along; the starter learned single questions only.")
@@ -170,7 +193,11 @@ def chat(
     from deployments.commands.chat import GrpcClient, HttpClient, converse
 
     with errors_told():
-        client = GrpcClient(grpc_target, model, max_tokens) if grpc else HttpClient(url, model, max_tokens)
+        client = (
+            GrpcClient(grpc_target, model, max_tokens, api_key, ca)
+            if grpc
+            else HttpClient(url, model, max_tokens, api_key, ca)
+        )
         converse(client, prompt, console, remember)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import AppSettings
+from cluster.config import AppSettings, GrpcTls, told_of_tls
 from tests.nano import build_root
 
 # Before anything imports Ray: local clusters ask for a token otherwise, and report their use.
@@ -58,6 +58,7 @@ class Served:
     root: Path
     http: str
     grpc: str
+    grpc_tls: GrpcTls
 
 
 @pytest.fixture(scope="session")
@@ -68,12 +69,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """
     # Here, so that tests without a cluster do not pay for importing Ray.
     from deployments.cluster import Ports, serving
+    from tests.serving.certificates import write_certificate
 
     root = build_root(tmp_path_factory.mktemp("served"))
     ports = Ports(http=free_port(), grpc=free_port(), dashboard=None)
     settings = AppSettings(root=str(root), threads=1, replicas=2, copies=1)
-    with serving(settings, ports, quiet=True, num_cpus=16):
-        yield Served(root, f"http://127.0.0.1:{ports.http}", f"127.0.0.1:{ports.grpc}")
+    cert, key = write_certificate(tmp_path_factory.mktemp("tls"))
+    grpc_tls = GrpcTls(cert, key, f"127.0.0.1:{free_port()}")
+    with told_of_tls(grpc_tls), serving(settings, ports, quiet=True, num_cpus=16):
+        yield Served(root, f"http://127.0.0.1:{ports.http}", f"127.0.0.1:{ports.grpc}", grpc_tls)
 
 
 def free_port() -> int:

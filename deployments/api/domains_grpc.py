@@ -9,7 +9,7 @@ from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 from cluster.errors import DeadlineExceeded, InvalidInput, UploadTooLarge
 from deployments.api.body_limit import MAX_BODY_BYTES
 from deployments.api.domains_http import MAX_PAGE, PAGE
-from deployments.api.grpc_api import check_peer, errors_to
+from deployments.api.grpc_api import errors_to
 from deployments.domains.info import DomainChange, DomainHistory, DomainInfo, DomainPage, NewDomain
 from deployments.domains.remote_domains import RemoteDomains, RemoteUpload
 from deployments.domains.uploads import EXAMPLES_JSON, FILE_OF_FIELD, IDLE_S
@@ -21,7 +21,6 @@ async def list_domains(
 ) -> pb.DomainPage:
     """Some of the domains, by name."""
     with errors_to(context):
-        check_peer(context.peer())
         limit = request.limit if request.HasField("limit") else PAGE
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidInput(f"limit is {limit}; expected 1 to {MAX_PAGE}.")
@@ -33,7 +32,6 @@ async def get_domain(
 ) -> pb.DomainHistory:
     """One domain with its versions and files."""
     with errors_to(context):
-        check_peer(context.peer())
         return _history(await domains.show(request.name))
 
 
@@ -42,7 +40,7 @@ async def add_domain(
 ) -> pb.DomainChange:
     """Publish what a stream of pieces holds; they are passed on as they come."""
     with errors_to(context):
-        _check_may_change(domains, context)
+        domains.check_changes_allowed()
         messages = _in_time(requests)
         first = await anext(messages, pb.AddDomainRequest())
         if first.WhichOneof("part") != "domain":
@@ -80,7 +78,7 @@ async def remove_domain(
 ) -> pb.DomainChange:
     """Withdraw a domain."""
     with errors_to(context):
-        _check_may_change(domains, context)
+        domains.check_changes_allowed()
         return _change(await domains.remove(request.name, _expected(request)))
 
 
@@ -89,14 +87,9 @@ async def rollback_domain(
 ) -> pb.DomainChange:
     """Make an earlier version current again."""
     with errors_to(context):
-        _check_may_change(domains, context)
+        domains.check_changes_allowed()
         version = request.version if request.HasField("version") else None
         return _change(await domains.rollback(request.name, version, _expected(request)))
-
-
-def _check_may_change(domains: RemoteDomains, context: RayServegRPCContext) -> None:
-    check_peer(context.peer())
-    domains.check_changes_allowed()
 
 
 async def _pass_on(upload: RemoteUpload, request: pb.AddDomainRequest) -> None:

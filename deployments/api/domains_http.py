@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from cluster.errors import DeadlineExceeded, InvalidInput
+from deployments.api.access import Access
 from deployments.api.body_limit import UPLOAD_PATH
 from deployments.api.domains_messages import (
     FORM_SCHEMA,
@@ -26,7 +27,7 @@ from deployments.api.domains_messages import (
     one_generation,
     page_json,
 )
-from deployments.api.loopback import check_local
+from deployments.api.keys import Role
 from deployments.domains.info import DomainChange, NewDomain
 from deployments.domains.remote_domains import CHUNK_BYTES, RemoteDomains, RemoteUpload
 from deployments.domains.uploads import EXAMPLES_JSON, EXAMPLES_TEXT, FILE_OF_FIELD, IDLE_S
@@ -48,13 +49,13 @@ _ADD_SCHEMA = {
 _Expected = Annotated[int | None, Header(alias="expected-generation", ge=0, le=2**53)]
 
 
-def domain_routes(domains: RemoteDomains) -> APIRouter:
+def domain_routes(domains: RemoteDomains, access: Access) -> APIRouter:
     """The paths below /v1/domains, and vLLM's."""
     routes = APIRouter()
 
     async def check_may_change(request: Request) -> None:
         domains.check_changes_allowed()
-        check_local(request)
+        access.check_request(request, Role.ADMIN)
 
     changes: dict[str, Any] = {"response_model": None, "dependencies": [Depends(check_may_change)]}
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import grpc
 from ray.serve.grpc_util import RayServegRPCContext
 
-from cluster.errors import InvalidInput, InvalidMixture, PeerRefused, ZephyraError
+from cluster.errors import InvalidInput, InvalidMixture, ZephyraError
 from cluster.messages import (
     ChatMessage,
     ClientRequest,
@@ -59,7 +59,6 @@ async def generate(
 ) -> AsyncGenerator[pb.GenerateChunk, None]:
     """The answer as it is made: routing on the first chunk, usage on the last."""
     with errors_to(context):
-        check_peer(context.peer())
         asked = client_request(request)
         answer = await gateway.answer(asked)
         completion_tokens, num_open = 0, asked.num_choices
@@ -84,7 +83,6 @@ async def generate(
 async def complete(gateway: Gateway, request: pb.GenerateRequest, context: RayServegRPCContext) -> pb.Completion:
     """The whole answer."""
     with errors_to(context):
-        check_peer(context.peer())
         asked = client_request(request)
         answer = await gateway.answer(asked)
         chunks: list[list[TokenChunk]] = [[] for _ in range(asked.num_choices)]
@@ -99,23 +97,7 @@ async def complete(gateway: Gateway, request: pb.GenerateRequest, context: RaySe
 async def route(gateway: Gateway, request: pb.RouteRequest, context: RayServegRPCContext) -> pb.Routing:
     """Which domains the router would answer with."""
     with errors_to(context):
-        check_peer(context.peer())
         return _routing(await gateway.route(_prompt(request)))
-
-
-def check_peer(peer: str) -> None:
-    """Raise `PeerRefused` unless `peer`, as gRPC writes it, is this machine.
-
-    Ray binds the gRPC port on every interface and asks for no key, so whoever reaches the port would be served.
-    """
-    kind, _, address = peer.partition(":")
-    host = address.rpartition(":")[0]
-    if not (kind == "unix" or (kind == "ipv4" and host.startswith("127.")) or (kind == "ipv6" and host in _LOOPBACK_6)):
-        raise PeerRefused(f"{peer} is another machine; only this one is served over gRPC: call 127.0.0.1.")
-
-
-_LOOPBACK_6 = ("%5B::1%5D", "[::1]", "%5B::ffff:127.0.0.1%5D", "[::ffff:127.0.0.1]")
-"""gRPC writes the brackets escaped; an IPv6 socket sees IPv4 callers as ::ffff:."""
 
 
 def client_request(request: pb.GenerateRequest) -> ClientRequest:

@@ -19,11 +19,13 @@ from ray.exceptions import TaskCancelledError
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from cluster.errors import Overloaded, ZephyraError
+from cluster.errors import InvalidKey, Overloaded, ZephyraError
+from deployments.api.access import Access
 from deployments.api.body_limit import BodyLimit
 from deployments.api.domains_http import domain_routes
 from deployments.api.domains_messages import AddBody, LoadBody, RollbackBody, UnloadBody
 from deployments.api.feedback import FeedbackBody, feedback_routes
+from deployments.api.gate import Gate
 from deployments.api.gateway import Answer, Gateway, Routing
 from deployments.api.openai_answers import Json, Reply
 from deployments.api.openai_messages import ChatBody, CompletionBody, RouteBody, sentence
@@ -32,7 +34,11 @@ from deployments.domains.remote_domains import RemoteDomains
 
 logger = logging.getLogger("ray.serve")
 
-_RETRY_AFTER_S = 1
+_HEADERS: Mapping[type[ZephyraError], Mapping[str, str]] = {
+    Overloaded: {"retry-after": "1"},
+    InvalidKey: {"www-authenticate": "Bearer"},
+}
+"""What some errors say beside their body."""
 _BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
@@ -45,15 +51,17 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 }
 
 
-def build_api(gateway: Gateway, domains: RemoteDomains) -> FastAPI:
-    """The HTTP application in front of `gateway`, and of `domains`."""
+def build_api(gateway: Gateway, domains: RemoteDomains, access: Access) -> FastAPI:
+    """The HTTP application in front of `gateway`, and of `domains`, for those whom `access` lets in."""
     api = FastAPI(title="Zephyra", description="One endpoint, many experts.")
     api.add_middleware(BodyLimit, upload_bytes=domains.upload_bytes)
+    # The last one added comes first.
+    api.add_middleware(Gate, access=access, refusal=_error_response)
     api.add_exception_handler(RequestValidationError, _on_invalid_body)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(ZephyraError, _on_zephyra_error)
     api.add_exception_handler(Exception, _on_unexpected)
-    api.include_router(domain_routes(domains))
+    api.include_router(domain_routes(domains, access))
     api.include_router(feedback_routes(gateway))
     started_s = int(time.time())
 
@@ -156,10 +164,13 @@ def _error_json(message: str, openai_type: str, code: str | None, param: str | N
 
 async def _on_zephyra_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ZephyraError)
+    return _error_response(error)
+
+
+def _error_response(error: ZephyraError) -> Response:
     status = status_of(error)
-    headers = {"retry-after": str(_RETRY_AFTER_S)} if isinstance(error, Overloaded) else None
     content = _error_json(message_of(error), status.openai_type, code_of(error))
-    return JSONResponse(content, status_code=status.http, headers=headers)
+    return JSONResponse(content, status_code=status.http, headers=_HEADERS.get(type(error)))
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> Response:

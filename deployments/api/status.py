@@ -44,6 +44,9 @@ STATUS: dict[type[errors.ZephyraError], Status] = {
     errors.NotTrained: Status(503, grpc.StatusCode.FAILED_PRECONDITION, "server_error"),
     errors.PortTaken: _TRY_AGAIN,
     errors.PeerRefused: Status(403, grpc.StatusCode.PERMISSION_DENIED, "permission_error"),
+    errors.InvalidKey: Status(401, grpc.StatusCode.UNAUTHENTICATED, "invalid_request_error"),
+    errors.RoleRefused: Status(403, grpc.StatusCode.PERMISSION_DENIED, "permission_error"),
+    errors.KeysUnavailable: _TRY_AGAIN,
     errors.Overloaded: Status(429, grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limit_error"),
     errors.DeadlineExceeded: Status(504, grpc.StatusCode.DEADLINE_EXCEEDED, "server_error"),
     errors.RouterUnavailable: _TRY_AGAIN,
@@ -53,7 +56,11 @@ STATUS: dict[type[errors.ZephyraError], Status] = {
     errors.ReplicaLost: _TRY_AGAIN,
 }
 
-_OPENAI_CODES = {errors.UnknownModel: "model_not_found", errors.PromptTooLong: "context_length_exceeded"}
+_OPENAI_CODES = {
+    errors.UnknownModel: "model_not_found",
+    errors.PromptTooLong: "context_length_exceeded",
+    errors.InvalidKey: "invalid_api_key",
+}
 """Codes that OpenAI's clients know; the others are the class's own name."""
 
 

@@ -1,8 +1,10 @@
 """A conversation on the terminal, over either wire, with the domains that answered."""
 
 import json
+import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
@@ -36,14 +38,25 @@ class Client(Protocol):
 class HttpClient:
     """Server-sent events from /v1/chat/completions."""
 
-    def __init__(self, url: str, model: str, max_tokens: int) -> None:
+    def __init__(
+        self, url: str, model: str, max_tokens: int, api_key: str | None = None, ca: Path | None = None
+    ) -> None:
         self._url, self._model, self._max_tokens = url.rstrip("/"), model, max_tokens
+        self._headers = _authorization(api_key)
+        self._verify = True if ca is None else _trusting(ca)
 
     def ask(self, turns: list[Turn]) -> Iterator[Piece]:
         messages = [{"role": role, "content": text} for role, text in turns]
         body = {"model": self._model, "messages": messages, "max_tokens": self._max_tokens, "stream": True}
         try:
-            with httpx.stream("POST", f"{self._url}/v1/chat/completions", json=body, timeout=300) as response:
+            with httpx.stream(
+                "POST",
+                f"{self._url}/v1/chat/completions",
+                json=body,
+                headers=self._headers,
+                verify=self._verify,
+                timeout=300,
+            ) as response:
                 if response.status_code != 200:
                     response.read()
                     raise ZephyraError(_reason(response))
@@ -57,10 +70,13 @@ class HttpClient:
 class GrpcClient:
     """zephyra.v1.Zephyra/Generate."""
 
-    def __init__(self, target: str, model: str, max_tokens: int) -> None:
+    def __init__(
+        self, target: str, model: str, max_tokens: int, api_key: str | None = None, ca: Path | None = None
+    ) -> None:
         self._target, self._model, self._max_tokens = target, model, max_tokens
+        self._metadata = tuple(_authorization(api_key).items())
         stub: Any = zephyra_pb2_grpc.ZephyraStub  # generated, untyped
-        self._stub = stub(grpc.insecure_channel(target))
+        self._stub = stub(_channel(target, ca))
 
     def ask(self, turns: list[Turn]) -> Iterator[Piece]:
         messages = [pb.Message(role=f"ROLE_{role.upper()}", content=text) for role, text in turns]
@@ -72,7 +88,7 @@ class GrpcClient:
         elif self._model != "zephyra":
             raise InvalidInput(f"{self._model!r} is no model; expected zephyra, zephyra:DOMAIN or base.")
         try:
-            for chunk in self._stub.Generate(request, timeout=300):
+            for chunk in self._stub.Generate(request, metadata=self._metadata, timeout=300):
                 entries = chunk.routing.mixture.entries
                 mixture = {f"{e.domain}@{e.version}": e.weight for e in entries} if chunk.HasField("routing") else None
                 yield Piece(chunk.text, mixture, chunk.routing.routing_ms)
@@ -80,6 +96,39 @@ class GrpcClient:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 raise ZephyraError(f"Nothing answers at {self._target}; start it with `make serve`.") from None
             raise ZephyraError(str(error.details())) from None
+
+
+def _authorization(api_key: str | None) -> dict[str, str]:
+    """What says who asks, as a header and as metadata. Raises `InvalidInput` for a key that no header can hold."""
+    if api_key is None:
+        return {}
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise InvalidInput(
+            "The API key holds characters that no key has; copy it again, as `zephyra keys add` said it."
+        )
+    return {"authorization": f"Bearer {api_key}"}
+
+
+def _channel(target: str, ca: Path | None) -> grpc.Channel:
+    if not target.startswith("https://"):
+        return grpc.insecure_channel(target)
+    # httpx brings its authorities along, gRPC its own.
+    trusted = None if ca is None else _content(ca)
+    return grpc.secure_channel(target.removeprefix("https://"), grpc.ssl_channel_credentials(trusted))
+
+
+def _trusting(ca: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cadata=_content(ca).decode())
+    except (ValueError, ssl.SSLError) as error:
+        raise InvalidInput(f"--ca {str(ca)!r} holds no certificate ({error}); expected a PEM file.") from error
+
+
+def _content(ca: Path) -> bytes:
+    try:
+        return ca.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"--ca {str(ca)!r} cannot be read ({error.strerror}); expected a PEM file.") from error
 
 
 def _reason(response: httpx.Response) -> str:

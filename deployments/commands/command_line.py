@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
-from cluster.config import DEFAULT_ROOT, Root, StageSettings, absolute
+from cluster.config import DEFAULT_ROOT, AppSettings, Root, StageSettings, absolute
 from cluster.errors import InvalidInput, StageOrder, ZephyraError
 
 console = Console()
@@ -25,6 +26,15 @@ def errors_told() -> Iterator[None]:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def settings_of_options(**options: object) -> AppSettings:
+    """What is served, from the options of a command. Raises `InvalidInput` for options that exclude one another."""
+    try:
+        return AppSettings.model_validate(options)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise InvalidInput(f"{problem}.") from None
 
 
 def root_of(root: str | None) -> Path:

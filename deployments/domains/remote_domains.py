@@ -5,8 +5,6 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
-
 from cluster.config import AppSettings
 from cluster.errors import PeerRefused, PublisherUnavailable
 from deployments import calls
@@ -34,11 +32,6 @@ class RemoteDomains:
         """Raise `PeerRefused` where nobody may change domains over the network."""
         if not self._are_changes_allowed:
             raise PeerRefused("Domains are not changed over the network here; use `zephyra domains`.")
-        if RAY_SERVE_ENABLE_HA_PROXY:
-            raise PeerRefused(
-                "Behind HAProxy every caller seems to be on this machine, so that domains are not changed over the "
-                "network; use `zephyra domains`."
-            )
 
     async def page(self, limit: int, after: str) -> DomainPage:
         """As `Domains.page`."""

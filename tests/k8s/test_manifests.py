@@ -12,7 +12,7 @@ import yaml
 from lightkube.models.core_v1 import Container
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.config import AppSettings, Recipe, StageSettings
+from cluster.config import DEFAULT_KEYS_FILE, AppSettings, Recipe, StageSettings
 from cluster.training import STAGES
 from deployments.cluster import SERVICER
 from deployments.train import parser
@@ -117,11 +117,11 @@ def test_types_inside_a_pod_are_seen() -> None:
 
 
 @pytest.mark.parametrize(("name", "args"), [("zephyra", {}), ("gpu", {"device": "cuda"})])
-def test_the_serve_config_is_ray_config_yaml_but_for_the_host(name: str, args: dict[str, str]) -> None:
+def test_the_serve_config_is_ray_config_yaml_but_for_the_host_and_the_keys(name: str, args: dict[str, str]) -> None:
     config = yaml.safe_load(_all()["RayService", name]["spec"]["serveConfigV2"])
     expected = yaml.safe_load((CHECKOUT / "ray_config.yaml").read_text())
     expected["http_options"]["host"] = "0.0.0.0"
-    expected["applications"][0]["args"].update(args)
+    expected["applications"][0]["args"].update({"keys_file": DEFAULT_KEYS_FILE, **args})
     assert config == expected
     ServeDeploySchema.model_validate(config)
     AppSettings.model_validate(config["applications"][0]["args"])
@@ -187,6 +187,7 @@ def test_pods_run_as_the_images_user_and_mount_what_there_is() -> None:
         assert mounts["root"] == f"{workdir}/artifacts"
         assert ("PersistentVolumeClaim", volumes["root"]["persistentVolumeClaim"]["claimName"]) in _all()
         assert ("keys" in mounts) == (kind == "RayService")
+        assert mounts.get("keys") in (None, f"{workdir}/{DEFAULT_KEYS_FILE.removesuffix('/keys.json')}")
         secrets = [volume["secret"]["secretName"] for volume in volumes.values() if "secret" in volume]
         assert all(f"create secret generic {name} " in (K8S / "README.md").read_text() for name in secrets)
         assert container["image"].startswith("zephyra:0.1.0")

@@ -5,6 +5,7 @@ import json
 import httpx
 
 from cluster.config import AppSettings
+from deployments.api.access import Access
 from deployments.api.gateway import Gateway
 from deployments.api.openai_api import build_api
 from deployments.domains.remote_domains import RemoteDomains
@@ -17,8 +18,8 @@ HI = [{"role": "user", "content": "hi"}]
 def client_of(gateway: Gateway) -> httpx.AsyncClient:
     """Of a gateway behind which no publisher is."""
     domains = RemoteDomains(GoneHandle(), AppSettings())
-    transport = httpx.ASGITransport(build_api(gateway, domains), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://zephyra")
+    transport = httpx.ASGITransport(build_api(gateway, domains, Access()), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
 
 
 def events(response):

@@ -9,6 +9,7 @@ import httpx
 from ray.serve.grpc_util import gRPCInputStream
 
 from cluster.config import AppSettings
+from deployments.api.access import Access
 from deployments.api.gateway import Gateway
 from deployments.api.openai_api import build_api
 from deployments.domains.publisher import Publisher
@@ -29,8 +30,10 @@ class System:
     domains: RemoteDomains
     gateway: Gateway
 
-    def client(self, peer: str = "127.0.0.1", base_url: str = "http://127.0.0.1") -> httpx.AsyncClient:
-        api = build_api(self.gateway, self.domains)
+    def client(
+        self, peer: str = "127.0.0.1", base_url: str = "http://127.0.0.1", access: Access | None = None
+    ) -> httpx.AsyncClient:
+        api = build_api(self.gateway, self.domains, access or Access())
         transport = httpx.ASGITransport(api, raise_app_exceptions=False, client=(peer, 5000))
         return httpx.AsyncClient(transport=transport, base_url=base_url)
 

@@ -15,9 +15,9 @@ from cluster.config import CHECKOUT, AppSettings, FetchSettings
 from cluster.errors import CorruptArtifact, InvalidInput, NotTrained, PortTaken
 from cluster.lora.catalog import Catalog, Change
 from deployments import app
+from deployments.api.grpc_service import add_service
 from deployments.application import ONE_LOOP, bind, build, check_packages
 from deployments.cluster import Ports, serving
-from deployments.protos import zephyra_pb2_grpc
 from tests.conftest import free_port
 
 
@@ -129,4 +129,4 @@ def test_the_config_file_holds_only_what_serve_knows():
     AppSettings.model_validate(application.args)
     assert import_attr(application.import_path) is app
     (servicer,) = schema.grpc_options.grpc_servicer_functions
-    assert import_attr(servicer) is zephyra_pb2_grpc.add_ZephyraServicer_to_server
+    assert import_attr(servicer) is add_service
