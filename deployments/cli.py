@@ -166,6 +166,23 @@ def chat(
         converse(client, prompt, console, remember)
 
 
+@app.command()
+def classify(
+    prompt: Annotated[str, typer.Argument(help="What is asked.")],
+    labels: Annotated[str, typer.Option(help="Possible answers, separated by commas; spaces around them are cut.")],
+    model: Annotated[str, typer.Option(help="zephyra, zephyra:DOMAIN or base.")] = "zephyra",
+    normalize: Annotated[str, typer.Option(help="sum, or length: the mean per token.")] = "sum",
+    url: Annotated[str, typer.Option(help="Where HTTP is served.")] = "http://127.0.0.1:8000",
+) -> None:
+    """Choose among answers: how likely each is, and which domains judged."""
+    from deployments.commands.classify import classify as ask
+
+    with errors_told():
+        body = {"model": model, "prompt": prompt, "normalize": normalize}
+        body["labels"] = [label.strip() for label in labels.split(",")]
+        ask(url, body, console)
+
+
 def main() -> None:
     """The entry point of `zephyra`."""
     app()

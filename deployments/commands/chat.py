@@ -46,7 +46,7 @@ class HttpClient:
             with httpx.stream("POST", f"{self._url}/v1/chat/completions", json=body, timeout=300) as response:
                 if response.status_code != 200:
                     response.read()
-                    raise ZephyraError(_reason(response))
+                    raise ZephyraError(reason_of(response))
                 for line in response.iter_lines():
                     if line.startswith("data: ") and line != "data: [DONE]":
                         yield _http_piece(json.loads(line.removeprefix("data: ")))
@@ -82,7 +82,8 @@ class GrpcClient:
             raise ZephyraError(str(error.details())) from None
 
 
-def _reason(response: httpx.Response) -> str:
+def reason_of(response: httpx.Response) -> str:
+    """What the server says is wrong."""
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

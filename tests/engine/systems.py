@@ -30,8 +30,8 @@ from cluster.engine.native_runner import native_runner
 from cluster.engine.runner import Runner
 from cluster.engine.scheduler import Chunk
 from cluster.engine.torch_runner import TorchRunner
-from cluster.kernels.decoder import kv_block_bytes
 from cluster.errors import ZephyraError
+from cluster.kernels.decoder import kv_block_bytes
 from cluster.lora.delta import dense_delta
 from cluster.lora.weights import AdapterWeights, Factors, adaptable_layers
 from cluster.messages import AdapterRef, FinishReason, GenerateRequest, Mixture, SamplingParams, TokenLogprob

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_a_step_makes_few_rows_of_logits_of_one_answer():
     while system.engine.has_work:
         system.step()
         num_rows.append(len(system.runner.logits.get("long", ())))
-    assert max(after - before for before, after in zip(num_rows, num_rows[1:], strict=False)) == MAX_WANTED
+    assert max(after - before for before, after in pairwise(num_rows)) == MAX_WANTED
     check_scored(system, "zephyra", long)
 
 
