@@ -178,9 +178,8 @@ def classify(
     from deployments.commands.classify import classify as ask
 
     with errors_told():
-        body = {"model": model, "prompt": prompt, "normalize": normalize}
-        body["labels"] = [label.strip() for label in labels.split(",")]
-        ask(url, body, console)
+        each = [label.strip() for label in labels.split(",")]
+        ask(url, {"model": model, "prompt": prompt, "labels": each, "normalize": normalize}, console)
 
 
 def main() -> None:
