@@ -9,7 +9,7 @@ import time
 from cluster.engine.detokenizer import Detokenizer
 from cluster.engine.sequence import Sequence
 from cluster.errors import InvalidInput, PromptTooLong
-from cluster.messages import GenerateRequest, SamplingParams, check_prompt, check_vocabulary
+from cluster.messages import GenerateRequest, Prompt, SamplingParams, check_prompt, check_vocabulary
 from cluster.model.base import Base, encode_answer, encode_prompt
 
 
@@ -22,6 +22,7 @@ class Intake:
         self._vocab_size = base.model.config.get_text_config().vocab_size
         self._max_tokens = max_tokens
         self._longest_token = max(len(token) for token in base.tokenizer.get_vocab())
+        self._last: tuple[Prompt, list[int]] | None = None
 
     def sequence(self, request: GenerateRequest) -> Sequence:
         """The request's sequence; a passed time limit counts from now.
@@ -34,7 +35,7 @@ class Intake:
         sampling = request.sampling if request.answer is None else SamplingParams(max_tokens=1)
         check_vocabulary(sampling, self._vocab_size)
         self._check_characters(request, sampling.max_tokens)
-        prompt_ids = encode_prompt(self._tokenizer, request.prompt)
+        prompt_ids = self._prompt_ids(request.prompt)
         if not prompt_ids:
             raise InvalidInput("The prompt has no tokens; give at least one.")
         answer_ids = self._answer_ids(request)
@@ -55,6 +56,12 @@ class Intake:
             deadline_s=None if request.timeout_s is None else time.monotonic() + request.timeout_s,
             answer_ids=answer_ids,
         )
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Those of the last prompt are kept, since many answers to be scored follow the same one."""
+        if self._last is None or self._last[0] != prompt:
+            self._last = prompt, encode_prompt(self._tokenizer, prompt)
+        return self._last[1]
 
     def _answer_ids(self, request: GenerateRequest) -> tuple[int, ...]:
         """The tokens to score; none where the answer is to be generated."""
