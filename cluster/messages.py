@@ -267,6 +267,23 @@ class GenerateRequest:
     """Lower goes first."""
     timeout_s: float | None = None
     """From its arrival at the engine; `DeadlineExceeded` ends it after that."""
+    answer: str | None = None
+    """Not to be generated but scored: one chunk says its tokens and their log-probabilities; `sampling` is not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """What a base replica is asked for where the answers are given: how likely each is. Everything is resolved."""
+
+    request_id: str
+    prompt: Prompt
+    mixture: Mixture
+    answers: tuple[str, ...]
+    """At least one, each as in `GenerateRequest.answer`."""
+    priority: int = 0
+    """Lower goes first."""
+    timeout_s: float | None = None
+    """From its arrival at the replica, for all of them together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +337,27 @@ class MergeReport:
     """At least the Frobenius distance, over all layers, between the exact weighted sum and what answers."""
     kept_energy: float
     """At least this share of the sum's squared norm is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScore:
+    """How likely a model held one given answer."""
+
+    logprob: float
+    """Natural logarithm: the sum over its tokens, each given the prompt and the tokens before; none for an end."""
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScores:
+    """A base replica's answer to a `ScoreRequest`."""
+
+    scores: tuple[AnswerScore, ...]
+    """In the order of its answers."""
+    prompt_tokens: int
+    """Length of the prompt."""
+    merged: MergeReport | None = None
+    """Where the mixture was merged to one adapter."""
 
 
 @dataclass(frozen=True, slots=True)

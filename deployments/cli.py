@@ -30,6 +30,14 @@ app.add_typer(domains_app, name="domains")
 app.add_typer(keys_app, name="keys")
 
 
+_ApiKey = Annotated[
+    str | None, typer.Option(envvar="ZEPHYRA_API_KEY", help="Where callers need one; others see arguments.")
+]
+_Ca = Annotated[
+    Path | None, typer.Option(help="PEM file of the authority, or the certificate itself, to trust over TLS.")
+]
+
+
 @app.command()
 def serve(
     root: Annotated[str | None, typer.Option(help="Folder of a trained system; by default the starter.")] = None,
@@ -178,12 +186,8 @@ def chat(
     grpc_target: Annotated[
         str, typer.Option(help="Where gRPC is served; https://HOST:PORT for TLS.")
     ] = "127.0.0.1:9000",
-    api_key: Annotated[
-        str | None, typer.Option(envvar="ZEPHYRA_API_KEY", help="Where callers need one; others see arguments.")
-    ] = None,
-    ca: Annotated[
-        Path | None, typer.Option(help="PEM file of the authority, or the certificate itself, to trust over TLS.")
-    ] = None,
+    api_key: _ApiKey = None,
+    ca: _Ca = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
     remember: Annotated[
         bool, typer.Option("--remember", help="Send earlier turns along; the starter learned single questions only.")
@@ -199,6 +203,24 @@ def chat(
             else HttpClient(url, model, max_tokens, api_key, ca)
         )
         converse(client, prompt, console, remember)
+
+
+@app.command()
+def classify(
+    prompt: Annotated[str, typer.Argument(help="What is asked.")],
+    labels: Annotated[str, typer.Option(help="Possible answers, separated by commas; spaces around them are cut.")],
+    model: Annotated[str, typer.Option(help="zephyra, zephyra:DOMAIN or base.")] = "zephyra",
+    normalize: Annotated[str, typer.Option(help="sum, or length: the mean per token.")] = "sum",
+    url: Annotated[str, typer.Option(help="Where HTTP is served.")] = "http://127.0.0.1:8000",
+    api_key: _ApiKey = None,
+    ca: _Ca = None,
+) -> None:
+    """Choose among answers: how likely each is, and which domains judged."""
+    from deployments.commands.classify import classify as ask
+
+    with errors_told():
+        each = [label.strip() for label in labels.split(",")]
+        ask(url, {"model": model, "prompt": prompt, "labels": each, "normalize": normalize}, console, api_key, ca)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ FORBIDDEN_IN_CLUSTER = {"ray", "fastapi", "grpc", "starlette", "uvicorn", "deplo
 MAY_IMPORT = {
     "errors": set(),
     "messages": {"errors"},
+    "classification": {"errors", "messages"},
     "config": {"errors", "messages"},
     "model": {"errors", "messages", "config"},
     "kernels": {"config"},

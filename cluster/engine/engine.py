@@ -1,23 +1,25 @@
 """The engine: `submit` requests, `step` until they have ended. One batch, any mix of mixtures, exactly.
 
+Letters: R tokens whose logits are wanted, B of them whose next token is drawn, N of one given answer, V vocabulary.
+
 Not thread-safe: the caller steps it from one thread. It asks for adapters (`wanted_adapters`) and is given them
 (`add_adapter`); where they come from it does not know, nor anything of Ray, routing, catalogs or HTTP.
 """
 
-import secrets
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cluster.config import EngineSettings
 from cluster.engine.block_pool import BlockPool
-from cluster.engine.detokenizer import Detokenizer
+from cluster.engine.intake import Intake
 from cluster.engine.native_runner import native_runner
-from cluster.engine.runner import Runner, check_attention, ends
-from cluster.engine.sampler import Draw, Sampled, sample
+from cluster.engine.runner import Runner, check_attention
+from cluster.engine.sampler import Draw, Sampled, sample, score
 from cluster.engine.scheduler import Scheduler
 from cluster.engine.sequence import Sequence, SequenceStatus
 from cluster.engine.slot_bank import SlotBank
@@ -28,12 +30,11 @@ from cluster.errors import (
     IncompatibleAdapter,
     InvalidInput,
     InvalidMixture,
-    PromptTooLong,
     ZephyraError,
 )
 from cluster.lora.weights import AdapterWeights, Resident
-from cluster.messages import AdapterRef, FinishReason, GenerateRequest, TokenChunk, check_prompt, check_vocabulary
-from cluster.model.base import Base, encode_prompt
+from cluster.messages import AdapterRef, FinishReason, GenerateRequest, TokenChunk
+from cluster.model.base import Base
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Engine:
         self._scheduler = Scheduler(self._bank, self._pool, settings, base.fingerprint)
         self._eos_ids = end_of_sequence_ids(base)
         self._vocabulary = Vocabulary(base.tokenizer)
-        self._longest_token = max(len(token) for token in base.tokenizer.get_vocab())
+        self._intake = Intake(base, self.max_tokens)
         self._given_up: list[StepOutput] = []
         self._num_steps = self._num_prompt_tokens = self._num_reused_tokens = 0
         self._num_generated_tokens = self._num_finished = 0
@@ -104,49 +105,14 @@ class Engine:
     def submit(self, request: GenerateRequest) -> None:
         """Queue a request.
 
-        Raises `InvalidInput` for an empty prompt, an id in use or a token that the model does not have,
-        `PromptTooLong` when prompt and max_tokens exceed the context, `InvalidMixture` when its adapters are known not
-        to fit, `Overloaded` when the queue is full.
+        Raises `InvalidInput` for an empty prompt or answer, an id in use or a token that the model does not have,
+        `PromptTooLong` when prompt and max_tokens, or the given answer, exceed the context, `InvalidMixture` when its
+        adapters are known not to fit, `Overloaded` when the queue is full.
         """
-        check_prompt(request.prompt)
-        check_vocabulary(request.sampling, self._base.model.config.get_text_config().vocab_size)
-        self._check_characters(request)
-        prompt_ids = encode_prompt(self._base.tokenizer, request.prompt)
-        if not prompt_ids:
-            raise InvalidInput("The prompt has no tokens; give at least one.")
-        if len(prompt_ids) + request.sampling.max_tokens > self.max_tokens:
-            raise PromptTooLong(
-                f"The prompt has {len(prompt_ids)} tokens and max_tokens is {request.sampling.max_tokens}: together "
-                f"more than the context of {self.max_tokens}; shorten one of them."
-            )
-        seed = request.sampling.seed
-        sequence = Sequence(
-            request_id=request.request_id,
-            prompt_ids=prompt_ids,
-            mixture=request.mixture,
-            sampling=request.sampling,
-            seed=secrets.randbits(63) if seed is None else seed,
-            detokenizer=Detokenizer(self._base.tokenizer, request.sampling.stop),
-            priority=request.priority,
-            deadline_s=None if request.timeout_s is None else time.monotonic() + request.timeout_s,
-        )
+        sequence = self._intake.sequence(request)
         if (error := self._mixture_error(sequence)) is not None:
             raise error
         self._scheduler.enqueue(sequence)
-
-    def _check_characters(self, request: GenerateRequest) -> None:
-        """Raise `PromptTooLong` for a prompt that cannot fit however it is cut into tokens.
-
-        Tokenizing a megabyte takes a second, in which no other sequence would get its next token.
-        """
-        prompt = request.prompt
-        size = len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)
-        least = -(-size // self._longest_token)
-        if least + request.sampling.max_tokens > self.max_tokens:
-            raise PromptTooLong(
-                f"The prompt has {size} characters, at least {least} tokens, and max_tokens is "
-                f"{request.sampling.max_tokens}: together more than the context of {self.max_tokens}; shorten either."
-            )
 
     def cancel(self, request_id: str) -> None:
         """Free all that the request holds; no chunk of it follows. Unknown and finished ids are ignored."""
@@ -172,8 +138,8 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """One token for every sequence whose prompt has been read, and a piece of the prompts of others.
 
-        A request's chunk comes once it has text or is the last; until then its token ids wait with the text, so that
-        what has arrived of both always belongs together.
+        Given answers are read like prompts, and scored on the way. A request's chunk comes once it has text or is the
+        last; until then its token ids wait with the text, so that what has arrived of both always belongs together.
         """
         outputs, self._given_up = self._given_up, []
         outputs += [_timed_out(sequence) for sequence in self._scheduler.expired(time.monotonic())]
@@ -181,17 +147,20 @@ class Engine:
         if not chunks:
             return outputs
         self._num_steps += 1
-        ending = [chunk.sequence for chunk in chunks if ends(chunk)]
+        wanted = [(chunk.sequence, chunk.num_wanted) for chunk in chunks if chunk.num_wanted]
         for chunk in chunks:
             if chunk.num_tokens > 1 or not chunk.sequence.generated_ids:
                 self._num_prompt_tokens += chunk.num_tokens
             if chunk.sequence.num_computed == chunk.sequence.num_reused:
                 self._num_reused_tokens += chunk.sequence.num_reused
-        logits_BV = self._runner.run(chunks, self._bank.resident)
+        logits_RV = self._runner.run(chunks, self._bank.resident)
         for chunk in chunks:
             self._scheduler.computed(chunk)
+        ending = [sequence for sequence, _ in wanted if not sequence.answer_ids]
+        if len(ending) < len(wanted):
+            logits_RV = self._score_answers(wanted, logits_RV, outputs)
         draws = [Draw(s.sampling, s.seed, s.num_tokens, s.prompt_ids, s.generated_ids) for s in ending]
-        for sequence, sampled in zip(ending, sample(logits_BV, draws), strict=True):
+        for sequence, sampled in zip(ending, sample(logits_RV, draws), strict=True):
             if (piece := self._accept(sequence, sampled)) is not None:
                 outputs.append(StepOutput(sequence.request_id, piece))
         return outputs
@@ -271,6 +240,38 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert what must hold between steps, on the real objects: queues, blocks, pins, bytes, statuses."""
         self._scheduler.check_integrity()
+
+    def _score_answers(
+        self, wanted: list[tuple[Sequence, int]], logits_RV: Tensor, outputs: list[StepOutput]
+    ) -> Tensor:
+        """Take the rows of those whose answer is given; return the others' [B, V]. What has ended goes to `outputs`."""
+        others = [logits_RV[:0]]
+        for (sequence, _), logits_NV in zip(wanted, logits_RV.split([count for _, count in wanted]), strict=True):
+            if not sequence.answer_ids:
+                others.append(logits_NV)
+            elif (output := self._scored(sequence, logits_NV)) is not None:
+                outputs.append(output)
+        return torch.cat(others)
+
+    def _scored(self, sequence: Sequence, logits_NV: Tensor) -> StepOutput | None:
+        """Add the log-probabilities of the next tokens of its answer; return what to send once it is complete."""
+        start = sequence.num_computed - len(logits_NV) - sequence.first_wanted
+        sampled = score(logits_NV, sequence.answer_ids[start : start + len(logits_NV)])
+        # Those it had before it was preempted are computed anew.
+        del sequence.logprobs[start:]
+        sequence.logprobs += [self._vocabulary.token_logprob(one) for one in sampled if one is not None]
+        is_broken = None in sampled
+        if not is_broken and len(sequence.logprobs) < len(sequence.answer_ids):
+            return None
+        self._scheduler.retire(sequence, SequenceStatus.FINISHED)
+        self._num_finished += 1
+        if is_broken:
+            why = "Under this mixture the model gives logits that are not finite numbers; give it smaller weights."
+            return _failed(sequence, InvalidMixture(why))
+        text = sequence.detokenizer.push(sequence.answer_ids) + sequence.detokenizer.finish()
+        prompt_tokens = sequence.first_wanted + 1
+        chunk = TokenChunk(sequence.answer_ids, text, FinishReason.STOP, prompt_tokens, tuple(sequence.logprobs))
+        return StepOutput(sequence.request_id, chunk)
 
     def _accept(self, sequence: Sequence, sampled: Sampled | None) -> TokenChunk | None:
         """Add the sampled token to its sequence; return the chunk to send, if there is one."""

@@ -1,6 +1,6 @@
 """The runner on the native kernels: a decoder on the CPU, one call for a step. Same answers whatever runs beside.
 
-Letters: T tokens, S sequences, B sequences whose next token is wanted, V vocabulary.
+Letters: T tokens, S sequences, B blocks of a sequence, R tokens whose logits are wanted, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cluster.config import EngineSettings
-from cluster.engine.runner import ends, num_kv_blocks
+from cluster.engine.runner import num_kv_blocks
 from cluster.engine.scheduler import Chunk
 from cluster.kernels.decoder import NativeDecoder, StepInput, kv_block_bytes, native_decoder, why_not_native
 from cluster.lora.native_mixture import NativeAdapter, native_mixtures
@@ -39,7 +39,7 @@ class NativeRunner:
         return NativeAdapter(weights, self._decoder.sites, self._dtype, self._decoder.library)
 
     def run(self, chunks: Sequence[Chunk], resident: Mapping[AdapterRef, NativeAdapter]) -> Tensor:
-        """One forward pass over all chunks: logits, fp32 [B, V], of those that read their sequence's newest token."""
+        """One forward pass over all chunks: logits, fp32 [R, V], of each one's last `num_wanted` tokens."""
         sequences = [chunk.sequence for chunk in chunks]
         lengths = [chunk.num_tokens for chunk in chunks]
         starts = [sequence.num_computed for sequence in sequences]
@@ -57,7 +57,10 @@ class NativeRunner:
             positions_T=(np.arange(len(token_ids)) + offsets_T).astype(np.int64),
             sequences_T=np.repeat(np.arange(len(chunks), dtype=np.int64), lengths),
             blocks_SB=table_SB,
-            read_from_L=np.array([end - 1 for end, c in zip(ends_T, chunks, strict=True) if ends(c)], dtype=np.int64),
+            read_from_L=np.array(
+                [row for end, c in zip(ends_T, chunks, strict=True) for row in range(end - c.num_wanted, end)],
+                dtype=np.int64,
+            ),
         )
         mixtures = native_mixtures([sequence.mixture for sequence in sequences], lengths, resident)
         return self._decoder.run(given, mixtures.struct)

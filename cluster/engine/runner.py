@@ -45,7 +45,7 @@ class Runner(Protocol[R]):
     def run(self, chunks: Sequence[Chunk], resident: Mapping[AdapterRef, R]) -> Tensor:
         """One forward pass over all chunks; the adapters of their mixtures must be in `resident`.
 
-        Returns logits, fp32 [B, V], one row for each chunk that reads its sequence's newest token, in their order.
+        Returns logits, fp32 [R, V]: of each chunk in turn, the rows of its last `num_wanted` tokens.
         """
         ...
 
@@ -66,11 +66,6 @@ def num_kv_blocks(settings: EngineSettings, block_bytes: int, max_tokens: int) -
             longest * block_bytes,
         )
     return max(longest, min(affordable, 2 * longest * settings.max_batch_size))
-
-
-def ends(chunk: Chunk) -> bool:
-    """Whether the chunk reads its sequence's newest token, so that the next can be chosen."""
-    return chunk.sequence.num_computed + chunk.num_tokens == chunk.sequence.num_tokens
 
 
 def check_attention(model: PreTrainedModel, max_tokens: int) -> None:

@@ -3,7 +3,7 @@
 Logit bias and penalties, temperature, top-k, top-p, min-p, in this order, as in transformers' generate and in vLLM. The
 random number of a draw depends on the seed and the token's position alone, so a sequence draws the same alone, in any
 batch, and continued elsewhere.
-Letters: B sequences, R of them that want log-probabilities, V vocabulary, N tokens whose logits are adjusted, C that
+Letters: B sequences, R rows that want log-probabilities, V vocabulary, N tokens whose logits are adjusted, C that
 can be drawn, E of these at the edge of top-p.
 """
 
@@ -50,8 +50,7 @@ class Sampled:
 
 def sample(logits_BV: Tensor, draws: Rows[Draw]) -> list[Sampled | None]:
     """One token per row, float32 or narrower; None for a row that holds NaN or infinity: none can be drawn."""
-    # NaN and infinity survive a sum, and numbers that are neither cannot make one in float64.
-    finite = logits_BV.sum(dim=-1, dtype=torch.float64).isfinite().tolist()
+    finite = _is_finite(logits_BV)
     likeliest = _likeliest(logits_BV).tolist()
     sampled: list[Sampled | None] = []
     for row, draw in enumerate(draws):
@@ -63,6 +62,14 @@ def sample(logits_BV: Tensor, draws: Rows[Draw]) -> list[Sampled | None]:
             sampled.append(Sampled(_token(logits_BV[row], draw)))
     _add_logprobs(sampled, logits_BV, draws)
     return sampled
+
+
+def score(logits_RV: Tensor, token_ids: Rows[int]) -> list[Sampled | None]:
+    """The given tokens, one per row, with their log-probabilities; None for a row that holds NaN or infinity."""
+    finite = _is_finite(logits_RV)
+    chosen_R = _chosen(logits_RV.float(), token_ids, _log_totals(logits_RV.float())).tolist()
+    scored = zip(token_ids, chosen_R, finite, strict=True)
+    return [Sampled(token_id, logprob) if ok else None for token_id, logprob, ok in scored]
 
 
 def adjusted(logits_V: Tensor, draw: Draw) -> Tensor:
@@ -112,6 +119,12 @@ def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits, a function of seed and position only."""
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest) >> 11) / 2**53
+
+
+def _is_finite(logits_RV: Tensor) -> list[bool]:
+    """Of each row. NaN and infinity survive a sum, and numbers that are neither cannot make one in float64."""
+    finite: list[bool] = logits_RV.sum(dim=-1, dtype=torch.float64).isfinite().tolist()
+    return finite
 
 
 def _adjusts(sampling: SamplingParams) -> bool:
@@ -179,11 +192,23 @@ def _add_logprobs(sampled: list[Sampled | None], logits_BV: Tensor, draws: Rows[
         return
     rows, token_ids, counts = (list(column) for column in zip(*wanted, strict=True))
     logits_RV = logits_BV[rows].float()
-    # Never below the largest logit, so that no log-probability is above 0; differences of any two fit in float64.
-    total_R = logits_RV.logsumexp(dim=-1, keepdim=True).double()
-    chosen_R = (logits_RV[range(len(rows)), token_ids].double() - total_R[:, 0]).tolist()
+    total_R = _log_totals(logits_RV)
+    chosen_R = _chosen(logits_RV, token_ids, total_R).tolist()
     top = logits_RV.topk(min(max(counts), logits_RV.shape[-1]), dim=-1)
-    top_ids, top_logprobs = top.indices.tolist(), (top.values.double() - total_R).tolist()
+    top_ids, top_logprobs = top.indices.tolist(), (top.values.double() - total_R[:, None]).tolist()
     for index, row in enumerate(rows):
         pairs = tuple(zip(top_ids[index], top_logprobs[index], strict=True))
         sampled[row] = Sampled(token_ids[index], chosen_R[index], pairs[: counts[index]])
+
+
+def _log_totals(logits_RV: Tensor) -> Tensor:
+    """What turns logits into log-probabilities when it is subtracted, float64 [R].
+
+    Never below the largest logit, so that no log-probability is above 0; differences of any two fit in float64.
+    """
+    return logits_RV.logsumexp(dim=-1).double()
+
+
+def _chosen(logits_RV: Tensor, token_ids: Rows[int], total_R: Tensor) -> Tensor:
+    """The log-probability of one token per row, float64 [R]."""
+    return logits_RV[range(len(token_ids)), list(token_ids)].double() - total_R

@@ -21,6 +21,9 @@ from cluster.messages import AdapterRef
 MAX_UPCOMING = 64
 """The most adapters that are looked ahead for."""
 
+MAX_WANTED = 16
+"""The most tokens of one chunk whose logits are wanted: a row of logits takes as much memory as the vocabulary."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -31,6 +34,12 @@ class Chunk:
 
     sequence: Sequence
     num_tokens: int
+
+    @property
+    def num_wanted(self) -> int:
+        """Of how many of its tokens, the last ones, the logits are wanted. To be asked before it is `computed`."""
+        start = self.sequence.num_computed
+        return max(0, start + self.num_tokens - max(start, self.sequence.first_wanted))
 
 
 class Scheduler:
@@ -97,7 +106,7 @@ class Scheduler:
             if _is_generating(sequence):
                 chunks.append(Chunk(sequence, 1))
             elif left_tokens > 0:
-                chunks.append(Chunk(sequence, min(left_tokens, sequence.num_tokens - sequence.num_computed)))
+                chunks.append(_piece(sequence, left_tokens))
                 left_tokens -= chunks[-1].num_tokens
         return chunks + self._admit(left_tokens)
 
@@ -216,7 +225,7 @@ class Scheduler:
             self._bank.pin(sequence.refs)
             sequence.status = SequenceStatus.RUNNING
             self.running.append(sequence)
-            chunks.append(Chunk(sequence, min(left_tokens, sequence.num_tokens - sequence.num_computed)))
+            chunks.append(_piece(sequence, left_tokens))
             left_tokens -= chunks[-1].num_tokens
             if left_tokens <= 0 or len(chunks) == num_places:
                 break
@@ -249,8 +258,8 @@ class Scheduler:
         sequence.blocks = []
 
     def _reusable_keys(self, sequence: Sequence) -> list[bytes]:
-        """Keys of the blocks that may be found: not the last token's, which must be computed to sample the next."""
-        return self._keys_of(sequence, (sequence.num_tokens - 1) // BLOCK_TOKENS) if self._pool.reuse_prefixes else []
+        """Keys of the blocks that may be found: none with a token whose logits are wanted, which must be computed."""
+        return self._keys_of(sequence, sequence.first_wanted // BLOCK_TOKENS) if self._pool.reuse_prefixes else []
 
     def _keys_of(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
         """The keys of the sequence's first blocks, which are full."""
@@ -273,6 +282,13 @@ class Scheduler:
 def _is_generating(sequence: Sequence) -> bool:
     """Whether all of its tokens but the newest have been computed."""
     return sequence.num_computed == sequence.num_tokens - 1
+
+
+def _piece(sequence: Sequence, left_tokens: int) -> Chunk:
+    """The next of what it has yet to read."""
+    start = sequence.num_computed
+    end = min(start + left_tokens, sequence.num_tokens, max(start, sequence.first_wanted) + MAX_WANTED)
+    return Chunk(sequence, end - start)
 
 
 def _urgency(sequence: Sequence) -> tuple[int, int]:

@@ -15,7 +15,7 @@ class SequenceStatus(Enum):
     RUNNING = "running"
     """Holds blocks of the KV cache and pins its adapters."""
     FINISHED = "finished"
-    """Came to its own end: a stop, max_tokens, or logits that are not numbers."""
+    """Came to its own end: a stop, max_tokens, its answer scored, or logits that are not numbers."""
     CANCELLED = "cancelled"
     """The client left."""
     DROPPED = "dropped"
@@ -37,9 +37,12 @@ class Sequence:
     """Lower goes first."""
     deadline_s: float | None = None
     """The instant of `time.monotonic()` from which on nobody waits for its answer."""
+    answer_ids: tuple[int, ...] = ()
+    """Tokens to be scored; nothing is generated then. All but the last also end `prompt_ids`: they are read like it."""
     generated_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    """One for each of `generated_ids`, where the request asked for them; else none."""
+    """One for each of `generated_ids`, where the request asked for them; or of `answer_ids`, as far as they are scored;
+    else none."""
     num_emitted: int = 0
     """How many of `generated_ids` have left in a chunk."""
     status: SequenceStatus = SequenceStatus.WAITING
@@ -77,6 +80,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """How many tokens it has, prompt and generated."""
         return len(self.prompt_ids) + len(self.generated_ids)
+
+    @property
+    def first_wanted(self) -> int:
+        """The position from which on logits are wanted: the newest token's, or the one before a given answer."""
+        return self.num_tokens - (len(self.answer_ids) or 1)
 
     @property
     def max_num_tokens(self) -> int:

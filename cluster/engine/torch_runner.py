@@ -1,10 +1,12 @@
 """The runner in torch: any Hugging Face causal language model with full attention, on any device.
 
 The model's own forward pass over a flat row of tokens; attention goes through `kv_cache`, linear layers through the
-mixed batch. Letters: T tokens, B sequences whose next token is wanted, S tokens of a context, V vocabulary.
+mixed batch. Letters: T tokens, R tokens whose logits are wanted, B sequences that decode, S tokens of a context, V
+vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 from cluster.config import EngineSettings
 from cluster.engine.block_pool import BLOCK_TOKENS
 from cluster.engine.kv_cache import ATTENTION, Context, KvCache, StepContext, places_of
-from cluster.engine.runner import ends, num_kv_blocks
+from cluster.engine.runner import num_kv_blocks
 from cluster.engine.scheduler import Chunk
 from cluster.errors import InvalidInput
 from cluster.lora.linear import attach_mixed_batch
@@ -58,7 +60,7 @@ class TorchRunner:
 
     @torch.no_grad()
     def run(self, chunks: Sequence[Chunk], resident: Mapping[AdapterRef, AdapterWeights]) -> Tensor:
-        """One forward pass over all chunks: logits, fp32 [B, V], of those that read their sequence's newest token."""
+        """One forward pass over all chunks: logits, fp32 [R, V], of each one's last `num_wanted` tokens."""
         # Single tokens first, which share one attention and one stack of adapters; chunks have their own.
         order = sorted(range(len(chunks)), key=lambda index: chunks[index].num_tokens > 1)
         ordered = [chunks[index] for index in order]
@@ -71,19 +73,21 @@ class TorchRunner:
             positions += range(start, start + chunk.num_tokens)
         mixtures = [chunk.sequence.mixture for chunk in ordered]
         self._mixed_batch.set_rows(mixtures, [chunk.num_tokens for chunk in ordered], resident)
-        last = torch.tensor([chunk.num_tokens for chunk in ordered], device=device).cumsum(0) - 1
-        wanted = [index for index, chunk in enumerate(ordered) if ends(chunk)]
+        ends = dict(zip(order, accumulate(chunk.num_tokens for chunk in ordered), strict=True))
+        # In the order of the chunks again.
+        wanted_R = [
+            row for index, chunk in enumerate(chunks) for row in range(ends[index] - chunk.num_wanted, ends[index])
+        ]
         output = self._model(
             input_ids=torch.tensor([token_ids], device=device),
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
-            logits_to_keep=last[wanted],
+            logits_to_keep=torch.tensor(wanted_R, dtype=torch.long, device=device),
             step=self._context(ordered),
         )
         self._mixed_batch.clear()
-        logits_BV: Tensor = output.logits[0].float()
-        # Back into the order of the chunks.
-        return logits_BV[sorted(range(len(wanted)), key=lambda row: order[wanted[row]])]
+        logits_RV: Tensor = output.logits[0].float()
+        return logits_RV
 
     def forget(self, ref: AdapterRef) -> None:
         """Free the stacks that hold a copy of this adapter."""

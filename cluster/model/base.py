@@ -110,6 +110,16 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """Token ids of an answer that follows a prompt, as training encodes responses: of the text alone, and no end.
+
+    So a prompt's tokens are the same whatever follows, where cutting both as one text might join their border. For a
+    base that continues raw text, what separates the two belongs to the answer: " Paris". As in a prompt, the names of
+    special tokens are nothing but text.
+    """
+    return list(tokenizer(answer, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a completion's prompt, or of a chat through the model's own template.
 

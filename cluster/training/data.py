@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.errors import InvalidData, InvalidInput
 from cluster.messages import NONE_DOMAIN, check_domain_name
-from cluster.model.base import encode_prompt
+from cluster.model.base import encode_answer, encode_prompt
 
 BASE_DOMAIN = "base"
 SPLITS = ("train", "val", "test")
@@ -138,7 +138,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_tokens: 
     for row in rows:
         prompt = encode_prompt(tokenizer, row.prompt) if row.prompt else [tokenizer.bos_token_id]
         # Special tokens written out in the data are text, as they are in what a user writes.
-        answer = tokenizer(row.response, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+        answer = encode_answer(tokenizer, row.response)
         response = [*answer, tokenizer.eos_token_id]
         response = response[: max(max_tokens // 2, max_tokens - len(prompt))]
         overlong = len(prompt) + len(response) - max_tokens

@@ -18,6 +18,7 @@ CALL_ROLES = {
     "Generate": Role.INFER,
     "Complete": Role.INFER,
     "Route": Role.INFER,
+    "Classify": Role.INFER,
     "Feedback": Role.INFER,
     "ListDomains": Role.INFER,
     "GetDomain": Role.INFER,

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cluster.classification import ClassifyRequest, LabelScore, label_scores
 from cluster.config import Root
 from cluster.errors import DeadlineExceeded, InvalidMixture, ReplicaLost, RouterUnavailable, UnknownDomain, UnknownModel
 from cluster.lora.artifacts import Store
@@ -17,12 +18,14 @@ from cluster.lora.catalog import Catalog, CatalogState
 from cluster.messages import (
     SEEDS,
     AdapterRef,
+    AnswerScores,
     ClientRequest,
     GenerateRequest,
     MergeReport,
     Mixture,
     Prompt,
     RoutingDecision,
+    ScoreRequest,
     TokenChunk,
     check_prompt,
     check_weights,
@@ -59,6 +62,16 @@ class Routing:
     """As `TokenChunk.merged`, of an answer; None where each adapter answers as it is."""
     request_id: str = ""
     """By which a client may later say which domain was right; empty when the router was not asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """How likely each label is, and who judged."""
+
+    scores: tuple[LabelScore, ...]
+    """In the order in which the labels were given."""
+    routing: Routing
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +112,10 @@ class Answer:
 
 
 class Gateway:
-    """Turns a `ClientRequest` into an `Answer`. Must be made inside a running event loop."""
+    """Turns a `ClientRequest` into an `Answer`, a `ClassifyRequest` into a `Classification`.
+
+    Must be made inside a running event loop.
+    """
 
     def __init__(
         self,
@@ -114,6 +130,7 @@ class Gateway:
         self._route_conversation = calls.method(router, "route_conversation")
         self._check_replica = calls.method(replica, "check_health")
         self._generate = calls.method(replica, "generate", stream=True)
+        self._score = calls.method(replica, "score", stream=True)
         self._router_wait_s = router_wait_s
         self._own_router = own_router
         self._store = Store(root)
@@ -141,15 +158,30 @@ class Gateway:
         """Start answering. Raises the `ZephyraError` that says what is wrong with the request or with the cluster."""
         watch = self.monitor.watch()
         with watch.failing():
-            check_prompt(request.prompt)
-            start_s = time.perf_counter()
-            routing = await self._routing(request)
-            watch.routed(routing.mixture, routing.routing_ms)
-            resolved = _resolved(request, routing.mixture, elapsed_s=time.perf_counter() - start_s)
+            routing, left_s = await self._routed(request, watch)
+            resolved = _resolved(request, routing.mixture, left_s)
             lost = ReplicaLost("The base replica died before the answer was complete; send the request again.")
             pieces = _interleaved([calls.stream(self._generate, one, lost=lost) for one in resolved])
             first = await anext(pieces)
         return Answer(replace(routing, merged=first.chunk.merged), first, pieces, watch)
+
+    async def classify(self, request: ClassifyRequest) -> Classification:
+        """Score the labels, all on one replica. Raises as `answer` does."""
+        watch = self.monitor.watch()
+        try:
+            with watch.failing():
+                asked = request.asked
+                routing, left_s = await self._routed(asked, watch)
+                resolved = ScoreRequest(
+                    uuid.uuid4().hex, asked.prompt, routing.mixture, request.labels, asked.priority, left_s
+                )
+                lost = ReplicaLost("The base replica died before all labels were scored; send the request again.")
+                answers: list[AnswerScores] = [item async for item in calls.stream(self._score, resolved, lost=lost)]
+        finally:
+            watch.end()
+        (scored,) = answers
+        scores = label_scores(request.labels, scored.scores, request.normalize)
+        return Classification(scores, replace(routing, merged=scored.merged), scored.prompt_tokens)
 
     async def route(self, prompt: Prompt) -> Routing:
         """What the router would answer `prompt` with."""
@@ -161,6 +193,20 @@ class Gateway:
         routing = Routing(self._current(decision.weights), decision.probabilities, routing_ms, request_id=request_id)
         self.monitor.decided(request_id, decision, routing_ms)
         return routing
+
+    async def _routed(self, request: ClientRequest, watch: Watch) -> tuple[Routing, float | None]:
+        """Who answers, and what is left of the client's time. Raises `DeadlineExceeded` if nothing is."""
+        check_prompt(request.prompt)
+        start_s = time.perf_counter()
+        routing = await self._routing(request)
+        watch.routed(routing.mixture, routing.routing_ms)
+        if request.timeout_s is None:
+            return routing, None
+        left_s = request.timeout_s - (time.perf_counter() - start_s)
+        if left_s <= 0:
+            why = f"The request was not routed within its timeout_s of {request.timeout_s:g}; allow more."
+            raise DeadlineExceeded(why)
+        return routing, left_s
 
     async def _decision(self, turns: list[str]) -> RoutingDecision:
         if self._own_router is not None and (ada := self._own_router.at_hand(turns)) is not None:
@@ -237,11 +283,8 @@ class Gateway:
         return Mixture.of(known if total == sum(weights.values()) else {ref: w / total for ref, w in known.items()})
 
 
-def _resolved(request: ClientRequest, mixture: Mixture, elapsed_s: float) -> list[GenerateRequest]:
-    """One request per choice. Raises `DeadlineExceeded` if the time before this has used up the client's."""
-    left_s = None if request.timeout_s is None else request.timeout_s - elapsed_s
-    if left_s is not None and left_s <= 0:
-        raise DeadlineExceeded(f"The request was not routed within its timeout_s of {request.timeout_s:g}; allow more.")
+def _resolved(request: ClientRequest, mixture: Mixture, left_s: float | None) -> list[GenerateRequest]:
+    """One request per choice."""
     seed = request.sampling.seed
     return [
         # The client's own request id may come twice; the engine's may not.

@@ -62,7 +62,7 @@ async def generate(
         asked = client_request(request)
         answer = await gateway.answer(asked)
         completion_tokens, num_open = 0, asked.num_choices
-        routing: pb.Routing | None = _routing(answer.routing)
+        routing: pb.Routing | None = routing_of(answer.routing)
         async with aclosing(answer):
             async for piece in answer.pieces():
                 chunk = piece.chunk
@@ -91,27 +91,20 @@ async def complete(gateway: Gateway, request: pb.GenerateRequest, context: RaySe
                 chunks[piece.index].append(piece.chunk)
         choices = [_choice(of_one) for of_one in chunks]
         usage = _usage(chunks[0][-1], sum(len(choice.token_ids) for choice in choices))
-        return pb.Completion(choices=choices, routing=_routing(answer.routing), usage=usage)
+        return pb.Completion(choices=choices, routing=routing_of(answer.routing), usage=usage)
 
 
 async def route(gateway: Gateway, request: pb.RouteRequest, context: RayServegRPCContext) -> pb.Routing:
     """Which domains the router would answer with."""
     with errors_to(context):
-        return _routing(await gateway.route(_prompt(request)))
+        return routing_of(await gateway.route(prompt_of(request)))
 
 
 def client_request(request: pb.GenerateRequest) -> ClientRequest:
     """The request in our own words. Raises `InvalidInput` for a value that cannot be."""
-    model, mixture = ROUTED_MODEL, None
-    match request.WhichOneof("model"):
-        case "mixture":
-            mixture = _weights(request.mixture)
-        case "domain":
-            model = f"{ROUTED_MODEL}:{request.domain}"
-        case "base":
-            model = BASE_MODEL
+    model, mixture = model_of(request)
     return ClientRequest(
-        _prompt(request),
+        prompt_of(request),
         model,
         mixture,
         _sampling(request.sampling),
@@ -121,7 +114,21 @@ def client_request(request: pb.GenerateRequest) -> ClientRequest:
     )
 
 
-def _prompt(request: pb.GenerateRequest | pb.RouteRequest) -> Prompt:
+def model_of(request: pb.GenerateRequest | pb.ClassifyRequest) -> tuple[str, dict[str, float] | None]:
+    """Who answers: model and mixture as in `ClientRequest`. Raises `InvalidMixture` for an adapter named twice."""
+    match request.WhichOneof("model"):
+        case "mixture":
+            return ROUTED_MODEL, _weights(request.mixture)
+        case "domain":
+            return f"{ROUTED_MODEL}:{request.domain}", None
+        case "base":
+            return BASE_MODEL, None
+        case _:
+            return ROUTED_MODEL, None
+
+
+def prompt_of(request: pb.GenerateRequest | pb.RouteRequest | pb.ClassifyRequest) -> Prompt:
+    """What is asked. Raises `InvalidInput` for a message whose role is not given."""
     if request.WhichOneof("prompt_kind") != "chat":
         return request.prompt
     turns = []
@@ -152,7 +159,8 @@ def _weights(mixture: pb.Mixture) -> dict[str, float]:
     return weights
 
 
-def _routing(routing: Routing) -> pb.Routing:
+def routing_of(routing: Routing) -> pb.Routing:
+    """A routing as the wire says it."""
     return pb.Routing(
         mixture=_mixture(routing.mixture),
         probabilities=routing.probabilities,

@@ -8,7 +8,7 @@ from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
 from cluster.config import AppSettings
 from deployments import calls
-from deployments.api import domains_grpc, feedback, grpc_api
+from deployments.api import classify, domains_grpc, feedback, grpc_api
 from deployments.api.access import CALL_ROLES, access_of
 from deployments.api.gateway import Gateway
 from deployments.api.openai_api import build_api
@@ -59,6 +59,13 @@ class Ingress(Gateway):
         """zephyra.v1.Zephyra/Route"""
         self._admit(grpc_context, "Route")
         return await grpc_api.route(self, request, grpc_context)
+
+    async def Classify(  # noqa: N802 the proto's name
+        self, request: pb.ClassifyRequest, grpc_context: RayServegRPCContext
+    ) -> pb.Classification:
+        """zephyra.v1.Zephyra/Classify"""
+        self._admit(grpc_context, "Classify")
+        return await classify.classify(self, request, grpc_context)
 
     async def ListDomains(  # noqa: N802 the proto's name
         self, request: pb.ListDomainsRequest, grpc_context: RayServegRPCContext

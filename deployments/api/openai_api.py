@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import asdict
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,13 +21,15 @@ from starlette.types import Message, Receive, Scope, Send
 from cluster.errors import InvalidKey, Overloaded, ZephyraError
 from deployments.api.access import Access
 from deployments.api.body_limit import BodyLimit
+from deployments.api.classify import ClassifyBody, classify_routes
 from deployments.api.domains_http import domain_routes
 from deployments.api.domains_messages import AddBody, LoadBody, RollbackBody, UnloadBody
 from deployments.api.feedback import FeedbackBody, feedback_routes
 from deployments.api.gate import Gate
-from deployments.api.gateway import Answer, Gateway, Routing
+from deployments.api.gateway import Answer, Gateway
 from deployments.api.openai_answers import Json, Reply
 from deployments.api.openai_messages import ChatBody, CompletionBody, RouteBody, sentence
+from deployments.api.routing_json import routing_json
 from deployments.api.status import code_of, message_of, status_of
 from deployments.domains.remote_domains import RemoteDomains
 
@@ -43,6 +44,7 @@ _BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
     "/v1/route": RouteBody,
+    "/v1/classify": ClassifyBody,
     "/v1/feedback": FeedbackBody,
     "/v1/domains": AddBody,
     "/v1/domains/{name}/rollback": RollbackBody,
@@ -63,6 +65,7 @@ def build_api(gateway: Gateway, domains: RemoteDomains, access: Access) -> FastA
     api.add_exception_handler(Exception, _on_unexpected)
     api.include_router(domain_routes(domains, access))
     api.include_router(feedback_routes(gateway))
+    api.include_router(classify_routes(gateway))
     started_s = int(time.time())
 
     @api.post("/v1/completions", response_model=None)
@@ -77,7 +80,7 @@ def build_api(gateway: Gateway, domains: RemoteDomains, access: Access) -> FastA
 
     @api.post("/v1/route", response_model=None)
     async def route(body: RouteBody) -> Json:
-        return _routing_json(await gateway.route(body.translate()))
+        return routing_json(await gateway.route(body.translate()))
 
     @api.get("/v1/models", response_model=None)
     async def models() -> Json:
@@ -105,7 +108,7 @@ async def _respond(answer: Answer, body: CompletionBody | ChatBody) -> Response:
     async with aclosing(answer):
         async for piece in answer.pieces():
             reply.add(piece.index, piece.chunk)
-    return JSONResponse({**reply.whole(), "zephyra": _routing_json(answer.routing)})
+    return JSONResponse({**reply.whole(), "zephyra": routing_json(answer.routing)})
 
 
 class _EventStream(StreamingResponse):
@@ -133,7 +136,7 @@ async def _events(answer: Answer, reply: Reply, wants_usage: bool) -> AsyncGener
         try:
             async for piece in answer.pieces():
                 if (event := reply.add(piece.index, piece.chunk)) is not None:
-                    yield _event({**event, "zephyra": _routing_json(answer.routing)} if is_first else event)
+                    yield _event({**event, "zephyra": routing_json(answer.routing)} if is_first else event)
                     is_first = False
         except ZephyraError as error:
             # The status is out already; the stream itself must say what went wrong.
@@ -146,16 +149,6 @@ async def _events(answer: Answer, reply: Reply, wants_usage: bool) -> AsyncGener
 
 def _event(content: Json) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
-
-
-def _routing_json(routing: Routing) -> Json:
-    return {
-        "mixture": {str(ref): weight for ref, weight in routing.mixture.entries},
-        "probabilities": None if routing.probabilities is None else dict(routing.probabilities),
-        "routing_ms": round(routing.routing_ms, 3),
-        **({"request_id": routing.request_id} if routing.request_id else {}),
-        **({} if routing.merged is None else {"merged": asdict(routing.merged)}),
-    }
 
 
 def _error_json(message: str, openai_type: str, code: str | None, param: str | None = None) -> Json:

@@ -42,8 +42,8 @@ class HttpClient:
         self, url: str, model: str, max_tokens: int, api_key: str | None = None, ca: Path | None = None
     ) -> None:
         self._url, self._model, self._max_tokens = url.rstrip("/"), model, max_tokens
-        self._headers = _authorization(api_key)
-        self._verify = True if ca is None else _trusting(ca)
+        self._headers = authorization(api_key)
+        self._verify = True if ca is None else trusting(ca)
 
     def ask(self, turns: list[Turn]) -> Iterator[Piece]:
         messages = [{"role": role, "content": text} for role, text in turns]
@@ -59,7 +59,7 @@ class HttpClient:
             ) as response:
                 if response.status_code != 200:
                     response.read()
-                    raise ZephyraError(_reason(response))
+                    raise ZephyraError(reason_of(response))
                 for line in response.iter_lines():
                     if line.startswith("data: ") and line != "data: [DONE]":
                         yield _http_piece(json.loads(line.removeprefix("data: ")))
@@ -74,7 +74,7 @@ class GrpcClient:
         self, target: str, model: str, max_tokens: int, api_key: str | None = None, ca: Path | None = None
     ) -> None:
         self._target, self._model, self._max_tokens = target, model, max_tokens
-        self._metadata = tuple(_authorization(api_key).items())
+        self._metadata = tuple(authorization(api_key).items())
         stub: Any = zephyra_pb2_grpc.ZephyraStub  # generated, untyped
         self._stub = stub(_channel(target, ca))
 
@@ -98,7 +98,7 @@ class GrpcClient:
             raise ZephyraError(str(error.details())) from None
 
 
-def _authorization(api_key: str | None) -> dict[str, str]:
+def authorization(api_key: str | None) -> dict[str, str]:
     """What says who asks, as a header and as metadata. Raises `InvalidInput` for a key that no header can hold."""
     if api_key is None:
         return {}
@@ -117,7 +117,7 @@ def _channel(target: str, ca: Path | None) -> grpc.Channel:
     return grpc.secure_channel(target.removeprefix("https://"), grpc.ssl_channel_credentials(trusted))
 
 
-def _trusting(ca: Path) -> ssl.SSLContext:
+def trusting(ca: Path) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cadata=_content(ca).decode())
     except (ValueError, ssl.SSLError) as error:
@@ -131,7 +131,8 @@ def _content(ca: Path) -> bytes:
         raise InvalidInput(f"--ca {str(ca)!r} cannot be read ({error.strerror}); expected a PEM file.") from error
 
 
-def _reason(response: httpx.Response) -> str:
+def reason_of(response: httpx.Response) -> str:
+    """What the server says is wrong."""
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

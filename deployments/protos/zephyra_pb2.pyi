@@ -14,11 +14,20 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
     FINISH_REASON_ERROR: _ClassVar[FinishReason]
+
+class Normalize(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NORMALIZE_UNSPECIFIED: _ClassVar[Normalize]
+    NORMALIZE_SUM: _ClassVar[Normalize]
+    NORMALIZE_LENGTH: _ClassVar[Normalize]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_ERROR: FinishReason
+NORMALIZE_UNSPECIFIED: Normalize
+NORMALIZE_SUM: Normalize
+NORMALIZE_LENGTH: Normalize
 
 class GenerateRequest(_message.Message):
     __slots__ = ("prompt", "chat", "router", "domain", "base", "mixture", "sampling", "n", "priority", "timeout_s")
@@ -233,6 +242,54 @@ class Merged(_message.Message):
     bound: float
     kept_energy: float
     def __init__(self, method: _Optional[str] = ..., rank: _Optional[int] = ..., bound: _Optional[float] = ..., kept_energy: _Optional[float] = ...) -> None: ...
+
+class ClassifyRequest(_message.Message):
+    __slots__ = ("prompt", "chat", "router", "domain", "base", "mixture", "labels", "normalize", "priority", "timeout_s")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    MIXTURE_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    chat: Chat
+    router: Router
+    domain: str
+    base: Base
+    mixture: Mixture
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    normalize: Normalize
+    priority: int
+    timeout_s: float
+    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., router: _Optional[_Union[Router, _Mapping]] = ..., domain: _Optional[str] = ..., base: _Optional[_Union[Base, _Mapping]] = ..., mixture: _Optional[_Union[Mixture, _Mapping]] = ..., labels: _Optional[_Iterable[str]] = ..., normalize: _Optional[_Union[Normalize, str]] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class Classification(_message.Message):
+    __slots__ = ("label", "scores", "routing", "prompt_tokens")
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    label: str
+    scores: _containers.RepeatedCompositeFieldContainer[LabelScore]
+    routing: Routing
+    prompt_tokens: int
+    def __init__(self, label: _Optional[str] = ..., scores: _Optional[_Iterable[_Union[LabelScore, _Mapping]]] = ..., routing: _Optional[_Union[Routing, _Mapping]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
+
+class LabelScore(_message.Message):
+    __slots__ = ("label", "logprob", "num_tokens", "probability")
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    label: str
+    logprob: float
+    num_tokens: int
+    probability: float
+    def __init__(self, label: _Optional[str] = ..., logprob: _Optional[float] = ..., num_tokens: _Optional[int] = ..., probability: _Optional[float] = ...) -> None: ...
 
 class ListDomainsRequest(_message.Message):
     __slots__ = ("limit", "after")

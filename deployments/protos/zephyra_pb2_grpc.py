@@ -49,6 +49,11 @@ class ZephyraStub:
                 request_serializer=deployments_dot_protos_dot_zephyra__pb2.RouteRequest.SerializeToString,
                 response_deserializer=deployments_dot_protos_dot_zephyra__pb2.Routing.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/zephyra.v1.Zephyra/Classify',
+                request_serializer=deployments_dot_protos_dot_zephyra__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=deployments_dot_protos_dot_zephyra__pb2.Classification.FromString,
+                _registered_method=True)
         self.ListDomains = channel.unary_unary(
                 '/zephyra.v1.Zephyra/ListDomains',
                 request_serializer=deployments_dot_protos_dot_zephyra__pb2.ListDomainsRequest.SerializeToString,
@@ -100,6 +105,13 @@ class ZephyraServicer:
 
     def Route(self, request, context):
         """Which domains the router would answer a prompt with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Classify(self, request, context):
+        """Which of the given labels answers a prompt: each is scored, nothing is generated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,6 +175,11 @@ def add_ZephyraServicer_to_server(servicer, server):
                     servicer.Route,
                     request_deserializer=deployments_dot_protos_dot_zephyra__pb2.RouteRequest.FromString,
                     response_serializer=deployments_dot_protos_dot_zephyra__pb2.Routing.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=deployments_dot_protos_dot_zephyra__pb2.ClassifyRequest.FromString,
+                    response_serializer=deployments_dot_protos_dot_zephyra__pb2.Classification.SerializeToString,
             ),
             'ListDomains': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDomains,
@@ -276,6 +293,33 @@ class Zephyra:
             '/zephyra.v1.Zephyra/Route',
             deployments_dot_protos_dot_zephyra__pb2.RouteRequest.SerializeToString,
             deployments_dot_protos_dot_zephyra__pb2.Routing.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/zephyra.v1.Zephyra/Classify',
+            deployments_dot_protos_dot_zephyra__pb2.ClassifyRequest.SerializeToString,
+            deployments_dot_protos_dot_zephyra__pb2.Classification.FromString,
             options,
             channel_credentials,
             insecure,

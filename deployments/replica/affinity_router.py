@@ -11,7 +11,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from cluster.lora.affinity import in_order, view
-from cluster.messages import GenerateRequest
+from cluster.messages import GenerateRequest, ScoreRequest
 
 STATS_PERIOD_S = 0.25
 """How often the controller asks replicas what they hold; it tells the routers when that changed."""
@@ -27,7 +27,7 @@ def router_config(slack: int) -> dict[str, Any]:
 
 
 class AffinityRouter(RequestRouter):
-    """Sends a `GenerateRequest` to the best replica for its mixture, any other call to the idler of two."""
+    """Sends what is asked of a mixture to the best replica for it, any other call to the idler of two."""
 
     def initialize_state(self, **kwargs: int) -> None:
         """Called by Serve with what `router_config` says."""
@@ -41,7 +41,7 @@ class AffinityRouter(RequestRouter):
             # Otherwise Serve would ask again without a pause when all are full.
             pending_request.routing_context.should_backoff = True
         request = pending_request.args[0] if pending_request is not None and pending_request.args else None
-        if not isinstance(request, GenerateRequest) or not request.mixture.entries:
+        if not isinstance(request, GenerateRequest | ScoreRequest) or not request.mixture.entries:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas))), candidate_replicas]
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         views = [

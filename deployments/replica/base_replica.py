@@ -16,7 +16,7 @@ from cluster.lora.affinity import publish
 from cluster.lora.packed_adapter import PackedAdapter
 from cluster.lora.peft_format import unpack
 from cluster.lora.weights import AdapterWeights
-from cluster.messages import AdapterRef, GenerateRequest, TokenChunk
+from cluster.messages import AdapterRef, AnswerScores, GenerateRequest, ScoreRequest, TokenChunk
 from cluster.model.base import load_base, saved_dtype
 from deployments import calls
 from deployments.monitoring.replica_report import ReplicaReport
@@ -25,6 +25,7 @@ from deployments.replica.base_folder import base_folder
 from deployments.replica.engine_loop import EngineLoop, Loaded
 from deployments.replica.host_memory import HostMemory
 from deployments.replica.merged_mixtures import MergedMixtures
+from deployments.replica.scoring import scored
 from deployments.shards.adapter_shard import Fetched, TooLarge
 
 COORDINATOR_WAIT_S = 5.0
@@ -63,6 +64,19 @@ class BaseReplica:
                         is_first = False
                 except ZephyraError as error:
                     yield error
+
+    async def score(self, request: ScoreRequest) -> AsyncIterator[AnswerScores | ZephyraError]:
+        """One item: how likely each of the given answers is, or, as with `generate`, what is wrong with the request.
+
+        Cancelling the call takes them all out of the batch.
+        """
+        with self._merged.in_one(request) as asked:
+            try:
+                # A second batch waits, so that none is computed half full.
+                scores = await scored(self.engine, asked, at_once=2 * self._batch_size)
+                yield replace(scores, merged=self._merged.report(asked))
+            except ZephyraError as error:
+                yield error
 
     async def stats(self) -> EngineStats:
         """The engine's own numbers."""

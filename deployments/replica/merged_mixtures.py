@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -15,13 +16,15 @@ from cluster.errors import AdapterUnavailable, ZephyraError
 from cluster.lora.byte_lru import ByteLru
 from cluster.lora.certificate import Certificate
 from cluster.lora.merging import merged_ref
-from cluster.messages import MAX_CO_BATCHED, AdapterRef, GenerateRequest, MergeReport, Mixture
+from cluster.messages import MAX_CO_BATCHED, AdapterRef, GenerateRequest, MergeReport, Mixture, ScoreRequest
 from deployments import calls
 from deployments.shards.adapter_shard import Fetched
 from deployments.shards.merger import MERGE_WAIT_S, MergedMixture, Wanted
 
 _CERTIFICATES, _CERTIFICATE_BYTES = 2**16, 1
 """So many are remembered, more than merged adapters fit in any slot bank."""
+
+R = TypeVar("R", GenerateRequest, ScoreRequest)
 
 
 class MergedMixtures:
@@ -39,7 +42,7 @@ class MergedMixtures:
         return ref in self._meant
 
     @contextmanager
-    def in_one(self, request: GenerateRequest) -> Iterator[GenerateRequest]:
+    def in_one(self, request: R) -> Iterator[R]:
         """The request as the engine is to see it: a mixture of many adapters as one, which is known until the end."""
         if len(request.mixture.entries) <= MAX_CO_BATCHED:
             yield request
@@ -54,7 +57,7 @@ class MergedMixtures:
             if not self._num_users[ref]:
                 del self._num_users[ref], self._meant[ref]
 
-    def report(self, request: GenerateRequest) -> MergeReport | None:
+    def report(self, request: GenerateRequest | ScoreRequest) -> MergeReport | None:
         """What is certain of the adapter that answers a request made by `in_one`; None if nothing was merged."""
         for ref in request.mixture.refs:
             if (certificate := self._certificates.get(ref)) is not None:

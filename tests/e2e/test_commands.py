@@ -37,6 +37,7 @@ from tests.e2e.conftest import CHECKOUT, zephyra
         (["chat", "--url", "https://127.0.0.1:9", "--ca", __file__, "hi"], "holds no certificate"),
         (["chat", "--api-key", "zk-\n", "hi"], "holds characters that no key has"),
         (["chat", "--url", "http://127.0.0.1:9", "hi"], "Nothing answers at http://127.0.0.1:9"),
+        (["classify", "hi", "--labels", "a,b", "--url", "http://127.0.0.1:9"], "Nothing answers at http://127.0.0.1:9"),
         (["chat", "--grpc", "--grpc-target", "127.0.0.1:9", "hi"], "Nothing answers at 127.0.0.1:9"),
     ],
 )

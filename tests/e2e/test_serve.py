@@ -75,6 +75,14 @@ def test_every_wire_gives_the_right_answer(served: tuple[str, str, str]) -> None
         assert done.stdout.startswith("Paris\nanswered by capitals@")
 
 
+def test_labels_are_told_apart(served: tuple[str, str, str]) -> None:
+    done = zephyra("classify", QUESTION, "--labels", "Rome, Paris, Berlin", "--url", served[0])
+    assert done.returncode == 0, done.stderr
+    first, *_, who = done.stdout.splitlines()
+    assert re.match(r"Paris +(9\d\.\d|100\.0)% ", first)
+    assert who.startswith("judged by capitals@")
+
+
 def test_a_stranger_is_answered_by_the_plain_base(served: tuple[str, str, str]) -> None:
     body = {"model": "zephyra", "prompt": "How do I unclog a kitchen sink?"}
     completion, plain = (

@@ -27,13 +27,14 @@ from transformers import (
 from cluster.config import EngineSettings
 from cluster.engine.engine import Engine, StepOutput, max_tokens_of
 from cluster.engine.native_runner import native_runner
-from cluster.engine.runner import Runner, ends
+from cluster.engine.runner import Runner
 from cluster.engine.scheduler import Chunk
 from cluster.engine.torch_runner import TorchRunner
+from cluster.errors import ZephyraError
 from cluster.kernels.decoder import kv_block_bytes
 from cluster.lora.delta import dense_delta
 from cluster.lora.weights import AdapterWeights, Factors, adaptable_layers
-from cluster.messages import AdapterRef, FinishReason, GenerateRequest, Mixture, SamplingParams
+from cluster.messages import AdapterRef, FinishReason, GenerateRequest, Mixture, SamplingParams, TokenLogprob
 from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
 from cluster.model.base import Base, encode_prompt
 from cluster.model.tokenizer import train_tokenizer
@@ -155,7 +156,7 @@ def bytes_of(kind: str, mixture: Mixture, runner: str = "native") -> int:
 
 
 class RecordingRunner:
-    """A runner that keeps the logits of every token that was chosen, by request; else as the one within."""
+    """A runner that keeps the logits that were wanted, by request; else as the one within."""
 
     def __init__(self, within: Runner[Any]) -> None:
         self._within = within
@@ -167,11 +168,12 @@ class RecordingRunner:
         self.chunk_sizes: list[int] = []
 
     def run(self, chunks: Rows[Chunk], resident: Mapping[AdapterRef, Any]) -> Tensor:
-        logits_BV = self._within.run(chunks, resident)
-        for chunk, logits_V in zip([chunk for chunk in chunks if ends(chunk)], logits_BV, strict=True):
-            self.logits.setdefault(chunk.sequence.request_id, []).append(logits_V.clone())
+        logits_RV = self._within.run(chunks, resident)
+        asking = [chunk.sequence.request_id for chunk in chunks for _ in range(chunk.num_wanted)]
+        for request_id, logits_V in zip(asking, logits_RV, strict=True):
+            self.logits.setdefault(request_id, []).append(logits_V.clone())
         self.chunk_sizes += [chunk.num_tokens for chunk in chunks]
-        return logits_BV
+        return logits_RV
 
 
 def make_runner(name: str, base: Base, engine_settings: EngineSettings, num_blocks: int | None = None) -> Runner[Any]:
@@ -194,6 +196,8 @@ class Observed:
     texts: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    error: ZephyraError | None = None
 
     @property
     def text(self) -> str:
@@ -239,6 +243,8 @@ class System:
             seen.texts.append(output.chunk.text)
             seen.finish_reason = output.chunk.finish_reason
             seen.prompt_tokens = output.chunk.prompt_tokens
+            seen.logprobs += output.chunk.logprobs
+            seen.error = output.error
         return outputs
 
     def run(self, max_steps: int = 2000) -> dict[str, Observed]:

@@ -141,6 +141,20 @@ def test_http_grpc_and_an_engine_of_this_process_give_the_same_tokens(
     ]
 
 
+def test_labels_are_scored_alike_over_both_wires(client, stub):
+    labels = ["42", "forty-two", "no"]
+    body = {"prompt": "What is 7 times 6?", "model": "zephyra:law", "labels": labels}
+    over_http = client.post("/v1/classify", json=body).json()
+    over_grpc = stub.Classify(pb.ClassifyRequest(prompt="What is 7 times 6?", domain="law", labels=labels))
+    assert over_http["label"] == over_grpc.label
+    assert over_http["zephyra"]["mixture"] == {"law@1": 1.0}
+    for ours, theirs in zip(over_http["scores"], over_grpc.scores, strict=True):
+        assert (ours["label"], ours["num_tokens"]) == (theirs.label, theirs.num_tokens)
+        assert ours["logprob"] == pytest.approx(theirs.logprob, abs=1e-4)
+    refused = client.post("/v1/classify", json={**body, "labels": ["a", "a"]})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_input")
+
+
 def test_events_come_while_the_answer_is_being_made(client):
     body = {"messages": [{"role": "user", "content": "hi"}], "model": "base", "max_tokens": 300, "stream": True}
     with client.stream("POST", "/v1/chat/completions", json=body) as response:

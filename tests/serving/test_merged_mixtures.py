@@ -211,9 +211,12 @@ async def test_the_certificate_reaches_the_client(many_root):
         body = {"prompt": "hi", "mixture": mixture, "max_tokens": 4}
         whole = (await client.post("/v1/completions", json=body)).json()
         small = (await client.post("/v1/completions", json={**body, "mixture": {"d1": 1.0}})).json()
+        classified = (
+            await client.post("/v1/classify", json={"prompt": "hi", "mixture": mixture, "labels": ["a"]})
+        ).json()
     certificate = {name: getattr(merged.certificate, name) for name in ("method", "rank", "bound", "kept_energy")}
-    assert whole["zephyra"]["merged"] == certificate
-    assert whole["zephyra"]["mixture"] == mixture
+    assert whole["zephyra"]["merged"] == classified["zephyra"]["merged"] == certificate
+    assert whole["zephyra"]["mixture"] == classified["zephyra"]["mixture"] == mixture
     assert "merged" not in small["zephyra"]
     entries = [pb.MixtureEntry(domain=ref.domain, version=1, weight=weight) for ref, weight in MIXTURE.entries]
     request = pb.GenerateRequest(prompt="hi", mixture=pb.Mixture(entries=entries), sampling=pb.Sampling(max_tokens=4))
