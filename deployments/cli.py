@@ -1,6 +1,5 @@
 """`zephyra ...`: each command checks its arguments and calls one function."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
