@@ -1,6 +1,7 @@
 """Starts Ray on this machine, serves Zephyra on it, and stops it again: what `zephyra serve` and the tests run."""
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -20,6 +21,8 @@ from deployments.application import APPLICATION_NAME, build
 
 HOST = "127.0.0.1"
 _stop_serve: Callable[[], None] = serve.shutdown  # Ray leaves it untyped
+MAX_GRPC_BYTES = 64 * 2**20
+"""Of a message to Serve's proxy, decompressed, or from it; holds sixteen long answers with log-probabilities."""
 SERVICER = "deployments.protos.zephyra_pb2_grpc.add_ZephyraServicer_to_server"
 
 
@@ -50,6 +53,8 @@ def serving(settings: AppSettings, ports: Ports, quiet: bool = False, num_cpus: 
     ports.check_free()
     # A job's `python` is looked up on the cluster's path: it should be this one, which has the packages.
     put_first_on_path(Path(sys.executable).parent)
+    # Read by the proxy's process, which would take messages of 2 GiB otherwise.
+    os.environ.setdefault("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(MAX_GRPC_BYTES))
     ray.init(
         address="local",
         num_cpus=num_cpus,

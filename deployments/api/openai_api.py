@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import asdict
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,8 +20,9 @@ from ray.exceptions import TaskCancelledError
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from cluster.errors import Overloaded, ZephyraError
-from deployments.api.body_limit import BodyLimit
+from cluster.errors import DeadlineExceeded, Overloaded, ZephyraError
+from deployments.api import openapi
+from deployments.api.body_limit import BodyLimit, Refusal
 from deployments.api.domains_http import domain_routes
 from deployments.api.domains_messages import AddBody, LoadBody, RollbackBody, UnloadBody
 from deployments.api.feedback import FeedbackBody, feedback_routes
@@ -45,10 +47,16 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 }
 
 
+_ANSWER: Mapping[str, Any] = {
+    "description": "The whole answer; with `stream`, its pieces as server-sent events.",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+
+
 def build_api(gateway: Gateway, domains: RemoteDomains) -> FastAPI:
     """The HTTP application in front of `gateway`, and of `domains`."""
-    api = FastAPI(title="Zephyra", description="One endpoint, many experts.")
-    api.add_middleware(BodyLimit, upload_bytes=domains.upload_bytes)
+    api = openapi.DescribedApi(title="Zephyra", description="One endpoint, many experts.")
+    api.add_middleware(BodyLimit, upload_bytes=domains.upload_bytes, refusal=_error_response)
     api.add_exception_handler(RequestValidationError, _on_invalid_body)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(ZephyraError, _on_zephyra_error)
@@ -57,27 +65,32 @@ def build_api(gateway: Gateway, domains: RemoteDomains) -> FastAPI:
     api.include_router(feedback_routes(gateway))
     started_s = int(time.time())
 
-    @api.post("/v1/completions", response_model=None)
+    @api.post("/v1/completions", response_model=None, responses={200: _ANSWER, **openapi.GENERATION})
     async def completions(body: CompletionBody) -> Response:
+        """Complete a prompt, through the adapters that the router, `model` or `mixture` chooses."""
         answer = await gateway.answer(body.translate())
         return await _respond(answer, body)
 
-    @api.post("/v1/chat/completions", response_model=None)
+    @api.post("/v1/chat/completions", response_model=None, responses={200: _ANSWER, **openapi.GENERATION})
     async def chat_completions(body: ChatBody) -> Response:
+        """Answer the last message of a chat, through the adapters that the router, `model` or `mixture` chooses."""
         answer = await gateway.answer(body.translate())
         return await _respond(answer, body)
 
-    @api.post("/v1/route", response_model=None)
+    @api.post("/v1/route", response_model=None, responses=openapi.ROUTING)
     async def route(body: RouteBody) -> Json:
+        """Say which adapters a prompt would be answered through, without answering it."""
         return _routing_json(await gateway.route(body.translate()))
 
-    @api.get("/v1/models", response_model=None)
+    @api.get("/v1/models", response_model=None, responses=openapi.LISTING)
     async def models() -> Json:
+        """List every name that `model` may have, as of now."""
         entry = {"object": "model", "created": started_s, "owned_by": "zephyra"}
         return {"object": "list", "data": [{"id": name, **entry} for name in gateway.models()]}
 
-    @api.get("/health", response_model=None)
+    @api.get("/health", response_model=None, responses=openapi.HEALTH)
     async def health() -> Json:
+        """Say whether prompts are answered, and what the catalog holds."""
         await gateway.check_ready()
         state = gateway.state
         return {
@@ -156,6 +169,10 @@ def _error_json(message: str, openai_type: str, code: str | None, param: str | N
 
 async def _on_zephyra_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ZephyraError)
+    return _error_response(error)
+
+
+def _error_response(error: ZephyraError) -> Response:
     status = status_of(error)
     headers = {"retry-after": str(_RETRY_AFTER_S)} if isinstance(error, Overloaded) else None
     content = _error_json(message_of(error), status.openai_type, code_of(error))
@@ -175,6 +192,12 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error, Refusal):
+        response = _error_response(error.error)
+        if isinstance(error.error, DeadlineExceeded):
+            # Who sends that slowly is not waited for any longer.
+            response.headers["connection"] = "close"
+        return response
     sentences = {
         400: "The body cannot be read; send a JSON object encoded as UTF-8.",
         404: f"There is nothing at {request.url.path}; the paths are listed at /openapi.json.",
