@@ -1,7 +1,6 @@
 """Starts Ray on this machine, serves Zephyra on it, and stops it again: what `zephyra serve` and the tests run."""
 
 import logging
-import os
 import signal
 import socket
 import sys
@@ -15,7 +14,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from cluster.config import AppSettings, put_first_on_path
+from cluster.config import AppSettings, put_first_on_path, set_environment
 from cluster.errors import PortTaken
 from deployments.application import APPLICATION_NAME, build
 
@@ -54,7 +53,7 @@ def serving(settings: AppSettings, ports: Ports, quiet: bool = False, num_cpus: 
     # A job's `python` is looked up on the cluster's path: it should be this one, which has the packages.
     put_first_on_path(Path(sys.executable).parent)
     # Read by the proxy's process, which would take messages of 2 GiB otherwise.
-    os.environ.setdefault("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(MAX_GRPC_BYTES))
+    set_environment("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(MAX_GRPC_BYTES))
     ray.init(
         address="local",
         num_cpus=num_cpus,
