@@ -48,7 +48,7 @@ def test_openai_goes_on_with_the_answer_it_was_given(client: openai.OpenAI) -> N
     first = client.chat.completions.create(model="zephyra", messages=ASKED).choices[0].message
     follow_up: ChatCompletionMessageParam = {"role": "user", "content": [{"type": "text", "text": "and of Spain?"}]}
     # As people do it: the message itself, not a dictionary of it.
-    second = client.chat.completions.create(model="zephyra", messages=[*ASKED, first, follow_up])  # type: ignore[list-item]
+    second = client.chat.completions.create(model="zephyra", messages=[*ASKED, first, follow_up])
     assert second.choices[0].message.content == "Madrid"
 
 
@@ -88,7 +88,7 @@ def test_openai_raises_its_own_errors(client: openai.OpenAI) -> None:
 
 
 def test_langchain(served: tuple[str, str, str]) -> None:
-    chat = ChatOpenAI(base_url=f"{served[0]}/v1", api_key="none", model="zephyra", max_retries=0)  # type: ignore[arg-type]
+    chat = ChatOpenAI(base_url=f"{served[0]}/v1", api_key="none", model="zephyra", max_retries=0)
     whole = chat.invoke(QUESTION)
     assert whole.content == ANSWER
     assert isinstance(whole, AIMessage)
@@ -99,7 +99,7 @@ def test_langchain(served: tuple[str, str, str]) -> None:
     units = chat.bind(extra_body={"mixture": {"capitals": 1.0}})
     assert units.invoke(QUESTION).content == ANSWER
     with pytest.raises(openai.NotFoundError):
-        ChatOpenAI(base_url=f"{served[0]}/v1", api_key="none", model="gpt-4o").invoke(QUESTION)  # type: ignore[arg-type]
+        ChatOpenAI(base_url=f"{served[0]}/v1", api_key="none", model="gpt-4o").invoke(QUESTION)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on this machine")

@@ -61,6 +61,6 @@ def listening(
         assert is_up.wait(60)
         yield *listener.getsockname(), replicas[0]
     finally:
-        servers[0].should_exit = True
-        servers[0].force_exit = True
+        for server in servers:
+            server.should_exit = server.force_exit = True
         thread.join()
