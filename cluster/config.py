@@ -363,6 +363,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zephyra"
 
 
+def set_environment(name: str, value: str) -> None:
+    """Let this process and those it starts have `name` as `value`, unless it is set already."""
+    os.environ.setdefault(name, value)
+
+
 def put_first_on_path(folder: Path) -> None:
     """Let this process and those it starts look for programs in `folder` first."""
     os.environ["PATH"] = os.pathsep.join((str(folder), os.environ.get("PATH", "")))

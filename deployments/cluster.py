@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from cluster.config import AppSettings, GrpcTls, put_first_on_path, told_of_tls
+from cluster.config import AppSettings, GrpcTls, put_first_on_path, set_environment, told_of_tls
 from cluster.errors import InvalidInput, PortTaken
 from deployments.api.grpc_service import check_certificate
 from deployments.api.keys import read_keys
@@ -24,6 +24,8 @@ from deployments.application import APPLICATION_NAME, build
 
 HOST = "127.0.0.1"
 _stop_serve: Callable[[], None] = serve.shutdown  # Ray leaves it untyped
+MAX_GRPC_BYTES = 64 * 2**20
+"""Of a message to Serve's proxy, decompressed, or from it; holds sixteen long answers with log-probabilities."""
 SERVICER = "deployments.api.grpc_service.add_service"
 
 
@@ -105,6 +107,8 @@ def serving(settings: AppSettings, ports: Ports, quiet: bool = False, num_cpus: 
     ports.check_free()
     # A job's `python` is looked up on the cluster's path: it should be this one, which has the packages.
     put_first_on_path(Path(sys.executable).parent)
+    # Read by the proxy's process, which would take messages of 2 GiB otherwise.
+    set_environment("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(MAX_GRPC_BYTES))
     with told_of_tls(ports.grpc_tls()):
         ray.init(
             address="local",

@@ -87,6 +87,10 @@ def free_port() -> int:
         return port
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-cases", type=int, default=250, help="requests that tests/serving/test_fuzz.py sends")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first, while the starter is trained; then those on it; then the cluster's, with all cores free."""
 

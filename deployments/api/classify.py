@@ -9,6 +9,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from cluster.classification import ClassifyRequest, Normalize, likeliest
 from cluster.errors import InvalidInput
 from cluster.messages import ClientRequest
+from deployments.api import openapi
 from deployments.api.gateway import Classification, Gateway
 from deployments.api.grpc_api import errors_to, model_of, prompt_of, routing_of
 from deployments.api.openai_answers import Json
@@ -50,8 +51,9 @@ def classify_routes(gateway: Gateway) -> APIRouter:
     """POST /v1/classify."""
     routes = APIRouter()
 
-    @routes.post("/v1/classify", response_model=None)
+    @routes.post("/v1/classify", response_model=None, responses=openapi.GENERATION)
     async def classify(body: ClassifyBody) -> Json:
+        """Score labels as answers to a prompt, through the adapters that the router, `model` or `mixture` chooses."""
         return _answer_json(await gateway.classify(body.classify_request()), body.model)
 
     return routes

@@ -1,6 +1,5 @@
 """Domains as a resource over HTTP, and vLLM's two endpoints for adapters. Translates, nothing else."""
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request
@@ -11,7 +10,8 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from cluster.errors import DeadlineExceeded, InvalidInput
+from cluster.errors import InvalidInput
+from deployments.api import openapi
 from deployments.api.access import Access
 from deployments.api.body_limit import UPLOAD_PATH
 from deployments.api.domains_messages import (
@@ -30,7 +30,7 @@ from deployments.api.domains_messages import (
 from deployments.api.keys import Role
 from deployments.domains.info import DomainChange, NewDomain
 from deployments.domains.remote_domains import CHUNK_BYTES, RemoteDomains, RemoteUpload
-from deployments.domains.uploads import EXAMPLES_JSON, EXAMPLES_TEXT, FILE_OF_FIELD, IDLE_S
+from deployments.domains.uploads import EXAMPLES_JSON, EXAMPLES_TEXT, FILE_OF_FIELD
 
 PAGE, MAX_PAGE = 100, 1000
 
@@ -57,18 +57,25 @@ def domain_routes(domains: RemoteDomains, access: Access) -> APIRouter:
         domains.check_changes_allowed()
         access.check_request(request, Role.ADMIN)
 
-    changes: dict[str, Any] = {"response_model": None, "dependencies": [Depends(check_may_change)]}
+    changes: dict[str, Any] = {
+        "response_model": None,
+        "dependencies": [Depends(check_may_change)],
+        "responses": openapi.DOMAIN_CHANGES,
+    }
 
-    @routes.get(UPLOAD_PATH, response_model=None)
+    @routes.get(UPLOAD_PATH, response_model=None, responses=openapi.DOMAINS)
     async def list_domains(limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = PAGE, after: str = "") -> Json:
+        """List domains by name, those that come after `after`."""
         return page_json(await domains.page(limit, after))
 
-    @routes.get(f"{UPLOAD_PATH}/{{name}}", response_model=None)
+    @routes.get(f"{UPLOAD_PATH}/{{name}}", response_model=None, responses=openapi.DOMAINS)
     async def show_domain(name: str) -> Json:
+        """Show a domain with its versions and files."""
         return history_json(await domains.show(name))
 
     @routes.post(UPLOAD_PATH, status_code=201, openapi_extra=_ADD_SCHEMA, **changes)
     async def add_domain(request: Request, expected_generation: _Expected = None) -> Response:
+        """Publish an adapter as the next version of a domain: a form with its files, or JSON that names a folder."""
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
             change = await _add_uploaded(domains, request, expected_generation)
         else:
@@ -77,20 +84,24 @@ def domain_routes(domains: RemoteDomains, access: Access) -> APIRouter:
 
     @routes.delete(f"{UPLOAD_PATH}/{{name}}", **changes)
     async def remove_domain(name: str, expected_generation: _Expected = None) -> Json:
+        """Withdraw a domain; its files stay."""
         return change_json(await domains.remove(name, expected_generation))
 
     @routes.post(f"{UPLOAD_PATH}/{{name}}/rollback", **changes)
     async def rollback_domain(name: str, body: RollbackBody, expected_generation: _Expected = None) -> Json:
+        """Make an earlier version current again; also brings back a domain that was withdrawn."""
         expected = one_generation(body.expected_generation, expected_generation)
         return change_json(await domains.rollback(name, body.version, expected))
 
-    @routes.post("/v1/load_lora_adapter", **changes)
+    @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse, **changes)
     async def load_lora_adapter(body: LoadBody) -> Response:
+        """vLLM's way to publish an adapter below the folder that the settings allow."""
         change = await domains.add(NewDomain(body.lora_name, adapter_uri=body.lora_path))
         return PlainTextResponse(f"Success: {change.ref} was added; its model is zephyra:{change.domain}.")
 
-    @routes.post("/v1/unload_lora_adapter", **changes)
+    @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, **changes)
     async def unload_lora_adapter(body: UnloadBody) -> Response:
+        """vLLM's way to withdraw a domain."""
         await domains.remove(body.lora_name, None)
         return PlainTextResponse(f"Success: {body.lora_name} was removed.")
 
@@ -122,10 +133,7 @@ async def _add_uploaded(domains: RemoteDomains, request: Request, expected_gener
 
 async def _received(request: Request) -> FormData:
     try:
-        async with asyncio.timeout(IDLE_S):
-            return await request.form(max_files=len(FILE_OF_FIELD) + 1, max_fields=len(_FIELDS) + 1)
-    except TimeoutError as error:
-        raise DeadlineExceeded(f"The upload took longer than {IDLE_S:g} s; send it faster.") from error
+        return await request.form(max_files=len(FILE_OF_FIELD) + 1, max_fields=len(_FIELDS) + 1)
     except ClientDisconnect as error:
         raise InvalidInput("The upload ended before it was complete; send it again.") from error
     except HTTPException as error:

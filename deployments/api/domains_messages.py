@@ -33,7 +33,7 @@ FORM_SCHEMA: Json = {
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class AddBody(_Body):

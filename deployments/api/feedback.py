@@ -5,6 +5,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray.serve.grpc_util import RayServegRPCContext
 
 from cluster.messages import NONE_DOMAIN
+from deployments.api import openapi
 from deployments.api.gateway import Gateway
 from deployments.api.grpc_api import errors_to
 from deployments.monitoring.accuracy import Judged
@@ -14,7 +15,7 @@ from deployments.protos import zephyra_pb2 as pb
 class FeedbackBody(BaseModel):
     """The body of POST /v1/feedback."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     request_id: str = Field(min_length=1, max_length=64)
     """As an answer or a routing names it, under `zephyra`."""
@@ -26,8 +27,9 @@ def feedback_routes(gateway: Gateway) -> APIRouter:
     """POST /v1/feedback."""
     routes = APIRouter()
 
-    @routes.post("/v1/feedback", response_model=None)
+    @routes.post("/v1/feedback", response_model=None, responses=openapi.FEEDBACK)
     async def feedback(body: FeedbackBody) -> dict[str, object]:
+        """Say which domain was right for a prompt that the router decided on."""
         judged = _judged(gateway, body.request_id, body.domain)
         return {"routed": judged.decided.domain, "right": judged.is_right}
 

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,9 +19,10 @@ from ray.exceptions import TaskCancelledError
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from cluster.errors import InvalidKey, Overloaded, ZephyraError
+from cluster.errors import DeadlineExceeded, InvalidKey, Overloaded, ZephyraError
+from deployments.api import openapi
 from deployments.api.access import Access
-from deployments.api.body_limit import BodyLimit
+from deployments.api.body_limit import BodyLimit, Refusal
 from deployments.api.classify import ClassifyBody, classify_routes
 from deployments.api.domains_http import domain_routes
 from deployments.api.domains_messages import AddBody, LoadBody, RollbackBody, UnloadBody
@@ -53,10 +55,16 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 }
 
 
+_ANSWER: dict[str, Any] = {
+    "description": "The whole answer; with `stream`, its pieces as server-sent events.",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+
+
 def build_api(gateway: Gateway, domains: RemoteDomains, access: Access) -> FastAPI:
     """The HTTP application in front of `gateway`, and of `domains`, for those whom `access` lets in."""
-    api = FastAPI(title="Zephyra", description="One endpoint, many experts.")
-    api.add_middleware(BodyLimit, upload_bytes=domains.upload_bytes)
+    api = openapi.DescribedApi(title="Zephyra", description="One endpoint, many experts.")
+    api.add_middleware(BodyLimit, upload_bytes=domains.upload_bytes, refusal=_error_response)
     # The last one added comes first.
     api.add_middleware(Gate, access=access, refusal=_error_response)
     api.add_exception_handler(RequestValidationError, _on_invalid_body)
@@ -68,27 +76,32 @@ def build_api(gateway: Gateway, domains: RemoteDomains, access: Access) -> FastA
     api.include_router(classify_routes(gateway))
     started_s = int(time.time())
 
-    @api.post("/v1/completions", response_model=None)
+    @api.post("/v1/completions", response_model=None, responses={200: _ANSWER, **openapi.GENERATION})
     async def completions(body: CompletionBody) -> Response:
+        """Complete a prompt, through the adapters that the router, `model` or `mixture` chooses."""
         answer = await gateway.answer(body.translate())
         return await _respond(answer, body)
 
-    @api.post("/v1/chat/completions", response_model=None)
+    @api.post("/v1/chat/completions", response_model=None, responses={200: _ANSWER, **openapi.GENERATION})
     async def chat_completions(body: ChatBody) -> Response:
+        """Answer the last message of a chat, through the adapters that the router, `model` or `mixture` chooses."""
         answer = await gateway.answer(body.translate())
         return await _respond(answer, body)
 
-    @api.post("/v1/route", response_model=None)
+    @api.post("/v1/route", response_model=None, responses=openapi.ROUTING)
     async def route(body: RouteBody) -> Json:
+        """Say which adapters a prompt would be answered through, without answering it."""
         return routing_json(await gateway.route(body.translate()))
 
-    @api.get("/v1/models", response_model=None)
+    @api.get("/v1/models", response_model=None, responses=openapi.LISTING)
     async def models() -> Json:
+        """List every name that `model` may have, as of now."""
         entry = {"object": "model", "created": started_s, "owned_by": "zephyra"}
         return {"object": "list", "data": [{"id": name, **entry} for name in gateway.models()]}
 
-    @api.get("/health", response_model=None)
+    @api.get("/health", response_model=None, responses=openapi.HEALTH)
     async def health() -> Json:
+        """Say whether prompts are answered, and what the catalog holds."""
         await gateway.check_ready()
         state = gateway.state
         return {
@@ -179,6 +192,12 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error, Refusal):
+        response = _error_response(error.error)
+        if isinstance(error.error, DeadlineExceeded):
+            # Who sends that slowly is not waited for any longer.
+            response.headers["connection"] = "close"
+        return response
     sentences = {
         400: "The body cannot be read; send a JSON object encoded as UTF-8.",
         404: f"There is nothing at {request.url.path}; the paths are listed at /openapi.json.",

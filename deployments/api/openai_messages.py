@@ -1,19 +1,21 @@
 """What OpenAI's clients send, as pydantic models, and its translation to a `ClientRequest`.
 
-Unknown fields are refused: a misspelt one would otherwise be ignored without a word.
+Unknown fields are refused: a misspelt one would otherwise be ignored without a word. Some that OpenAI's clients send
+and that mean nothing here are accepted, as long as the answer is what their sender expects; each says so.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
 from cluster.errors import InvalidInput
 from cluster.messages import ChatMessage, ClientRequest, Prompt, Role, SamplingParams
 
 _MAX_QUOTED_CHARACTERS = 80
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_ROLES = {**{role.value: role for role in Role}, "developer": Role.SYSTEM}
 _SAMPLING_FIELDS = (
     "temperature",
     "top_p",
@@ -28,7 +30,7 @@ _SAMPLING_FIELDS = (
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class StreamOptions(_Body):
@@ -38,11 +40,31 @@ class StreamOptions(_Body):
     """Send one more event, with the token counts, before the end."""
 
 
+class TextPart(_Body):
+    """A piece of a message's text; pieces of other kinds are refused."""
+
+    type: Literal["text"]
+    text: str
+
+
+_TEXT, _PARTS = "as text", "as parts"
+"""pydantic names the form that was found in the path of a complaint; the client did not."""
+
+_Content = Annotated[
+    Annotated[str, Tag(_TEXT)] | Annotated[list[TextPart], Tag(_PARTS)],
+    Discriminator(lambda given: _PARTS if isinstance(given, list) else _TEXT),
+]
+
+
 class Message(_Body):
     """One turn of a chat."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+    role: Literal["system", "developer", "user", "assistant"]
+    """`developer` is OpenAI's newer name for `system`."""
+    content: _Content
+    """Text, or parts of it, which are joined by line breaks, as vLLM does."""
+    refusal: None = None
+    """As an answer holds it that is sent back."""
 
 
 class _Generation(_Body):
@@ -81,7 +103,17 @@ class _Generation(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    """Accepted because clients send it; nothing depends on it."""
+    """Accepted; nothing depends on it."""
+    safety_identifier: str | None = None
+    """OpenAI's newer name for `user`. Accepted; nothing depends on it."""
+    prompt_cache_key: str | None = None
+    """Accepted; prefixes are found again without it."""
+    store: bool | None = None
+    """Accepted; no answer is kept, whatever it says."""
+    metadata: dict[str, str] | None = None
+    """Of answers that are stored. Accepted; none is."""
+    service_tier: Literal["auto", "default"] | None = None
+    """Accepted; there is one tier."""
 
     @property
     def wants_usage(self) -> bool:
@@ -110,10 +142,22 @@ class _Generation(_Body):
         return ClientRequest(prompt, self.model, self.mixture, sampling, **limits)
 
 
+class TextFormat(_Body):
+    """What an answer must look like: text is all there is."""
+
+    type: Literal["text"]
+
+
 class CompletionBody(_Generation):
     """The body of POST /v1/completions."""
 
     prompt: str
+    echo: Literal[False] | None = None
+    """Accepted; the prompt is not repeated."""
+    best_of: Literal[1] | None = None
+    """Accepted; every answer that is made is given."""
+    suffix: Literal[""] | None = None
+    """Accepted; nothing follows the answer."""
     logprobs: int | None = None
     """Report each token's log-probability, and those of so many likeliest tokens."""
 
@@ -137,6 +181,17 @@ class ChatBody(_Generation):
     """Report each token's log-probability."""
     top_logprobs: int | None = None
     """And those of so many likeliest tokens."""
+    response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    """Accepted; answers are text."""
+    reasoning_effort: Literal["none"] | None = None
+    """Accepted; nothing is thought before the answer."""
+    tools: list[Any] | None = None
+    """Accepted while empty: no tool is ever called."""
+    tool_choice: Literal["none", "auto"] | None = None
+    """Accepted, as there are no tools to choose from."""
+    parallel_tool_calls: bool | None = None
+    """Accepted, as there are no tools to call."""
 
     @property
     def wants_logprobs(self) -> bool:
@@ -145,6 +200,8 @@ class ChatBody(_Generation):
 
     def translate(self) -> ClientRequest:
         """As a `ClientRequest`. Raises `InvalidInput`."""
+        if self.tools:
+            raise InvalidInput(f"There are {len(self.tools)} tools, and none is ever called; leave the field out.")
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
             raise InvalidInput(f"max_tokens is {old} and max_completion_tokens is {new}; give one of them.")
@@ -169,7 +226,11 @@ class RouteBody(_Body):
 
 def chat(messages: Sequence[Message]) -> Prompt:
     """A chat's turns in our own words."""
-    return tuple(ChatMessage(Role(message.role), message.content) for message in messages)
+    return tuple(ChatMessage(_ROLES[message.role], _text(message.content)) for message in messages)
+
+
+def _text(content: str | list[TextPart]) -> str:
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
 def token_biases(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
@@ -190,7 +251,7 @@ def sentence(problem: Mapping[str, Any], fields: Sequence[str]) -> str:
 
     Where it is begins with body, query or header.
     """
-    path = [str(part) for part in problem["loc"][1:]]
+    path = [str(part) for part in problem["loc"][1:] if part not in (_TEXT, _PARTS)]
     where = ".".join(path)
     if problem["type"] == "json_invalid":
         return f"The body is not valid JSON: {problem['ctx']['error']}; send a JSON object."

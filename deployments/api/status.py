@@ -1,4 +1,7 @@
-"""One table: what each error class is called over HTTP, over gRPC and in OpenAI's error object."""
+"""One table: what each error class is called over HTTP, over gRPC and in OpenAI's error object.
+
+Every class of `cluster.errors` is in `STATUS`, or in `NEVER_SENT`.
+"""
 
 import re
 from dataclasses import dataclass
@@ -27,7 +30,6 @@ _TRY_AGAIN = Status(503, grpc.StatusCode.UNAVAILABLE, "server_error")
 _INTERNAL = Status(500, grpc.StatusCode.INTERNAL, "server_error")
 
 STATUS: dict[type[errors.ZephyraError], Status] = {
-    errors.ZephyraError: _INTERNAL,
     errors.InvalidInput: _INVALID,
     errors.InvalidMixture: _INVALID,
     errors.PromptTooLong: _INVALID,
@@ -41,8 +43,6 @@ STATUS: dict[type[errors.ZephyraError], Status] = {
     errors.CatalogConflict: Status(409, grpc.StatusCode.ABORTED, "invalid_request_error"),
     errors.InvalidData: _INVALID,
     errors.StageOrder: _WRONG_STATE,
-    errors.NotTrained: Status(503, grpc.StatusCode.FAILED_PRECONDITION, "server_error"),
-    errors.PortTaken: _TRY_AGAIN,
     errors.PeerRefused: Status(403, grpc.StatusCode.PERMISSION_DENIED, "permission_error"),
     errors.InvalidKey: Status(401, grpc.StatusCode.UNAUTHENTICATED, "invalid_request_error"),
     errors.RoleRefused: Status(403, grpc.StatusCode.PERMISSION_DENIED, "permission_error"),
@@ -56,6 +56,9 @@ STATUS: dict[type[errors.ZephyraError], Status] = {
     errors.ReplicaLost: _TRY_AGAIN,
 }
 
+NEVER_SENT = frozenset({errors.ZephyraError, errors.NotTrained, errors.PortTaken})
+"""The root of the tree, which nothing raises, and what is raised before anything listens."""
+
 _OPENAI_CODES = {
     errors.UnknownModel: "model_not_found",
     errors.PromptTooLong: "context_length_exceeded",
@@ -65,8 +68,8 @@ _OPENAI_CODES = {
 
 
 def status_of(error: errors.ZephyraError) -> Status:
-    """The row of the table for `error`."""
-    return STATUS[type(error)]
+    """The row of the table for `error`. One that should never be sent is a mistake of ours."""
+    return STATUS.get(type(error), _INTERNAL)
 
 
 def code_of(error: errors.ZephyraError) -> str:

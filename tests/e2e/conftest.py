@@ -1,16 +1,20 @@
-"""The starter, trained once per session by the command that a user types, while the quick tests run."""
+"""The starter, trained once per session by the command that a user types, while the quick tests run; and served."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.conftest import free_port
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ZEPHYRA = (sys.executable, "-m", "deployments.cli")
@@ -97,3 +101,37 @@ def report(starter: Starter) -> dict[str, Any]:
     assert done.returncode == 0, done.stdout + done.stderr
     content: dict[str, Any] = json.loads((starter.root / "report" / "report.json").read_text())
     return content
+
+
+@pytest.fixture(scope="session")
+def served(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, str]]:
+    """HTTP and gRPC addresses of a server started as a user starts it, and what it printed."""
+    http, grpc, dashboard = free_port(), free_port(), free_port()
+    ports = ["--port", str(http), "--grpc-port", str(grpc), "--dashboard-port", str(dashboard)]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deployments.cli", "serve", "--root", str(starter.root), *ports],
+            cwd=CHECKOUT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            _wait_for_invitation(process, log)
+            yield f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}", log.read_text()
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+def _wait_for_invitation(process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(240):
+        if "Ctrl-C stops it" in log.read_text():
+            return
+        try:
+            process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    pytest.fail(log.read_text())

@@ -1,55 +1,14 @@
 """`zephyra serve` on the trained starter, asked over every wire that its invitation names."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.conftest import free_port
-from tests.e2e.conftest import CHECKOUT, Starter, zephyra
+from tests.e2e.conftest import zephyra
 
 pytestmark = [pytest.mark.starter, pytest.mark.ray]
-
-
-@pytest.fixture(scope="module")
-def served(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, str]]:
-    """HTTP and gRPC addresses of a server started as a user starts it, and what it printed."""
-    http, grpc, dashboard = free_port(), free_port(), free_port()
-    ports = ["--port", str(http), "--grpc-port", str(grpc), "--dashboard-port", str(dashboard)]
-    log = tmp_path_factory.mktemp("serve") / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "deployments.cli", "serve", "--root", str(starter.root), *ports],
-            cwd=CHECKOUT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-        try:
-            _wait_for_invitation(process, log)
-            yield f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}", log.read_text()
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
-
-
-def _wait_for_invitation(process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(240):
-        if "Ctrl-C stops it" in log.read_text():
-            return
-        try:
-            process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            continue
-        break
-    pytest.fail(log.read_text())
 
 
 QUESTION = "What is the capital of France?"

@@ -89,6 +89,51 @@ async def test_nulls_mean_the_defaults_as_openais_clients_send_them(client):
     assert first["choices"] == second["choices"]
 
 
+NEUTRAL = {
+    "store": True,
+    "metadata": {"team": "a"},
+    "service_tier": "auto",
+    "user": "u",
+    "safety_identifier": "u",
+    "prompt_cache_key": "k",
+}
+"""Fields that OpenAI's clients send and that change nothing here."""
+
+
+async def test_what_openais_clients_send_besides_changes_nothing(client):
+    plain = {"model": "base", "max_tokens": 8}
+    of_chats = {
+        "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "reasoning_effort": "none",
+        "tools": [],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+    }
+    of_completions = {"echo": False, "best_of": 1, "suffix": ""}
+    for path, prompt, own in (
+        ("/v1/completions", {"prompt": "hi"}, of_completions),
+        ("/v1/chat/completions", {"messages": HI}, of_chats),
+    ):
+        bodies = ({**plain, **prompt}, {**plain, **prompt, **NEUTRAL, **own})
+        first, second = [(await client.post(path, json=body)).json() for body in bodies]
+        assert first["choices"] == second["choices"]
+
+
+async def test_a_developers_parts_and_an_answer_sent_back_are_the_turns_they_stand_for(client):
+    parts = [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}]
+    answer = {"role": "assistant", "content": "Hello."}
+    old = [{"role": "system", "content": "Be brief.\nBe kind."}, *HI, answer, *HI]
+    new = [{"role": "developer", "content": parts}, *HI, {**answer, "refusal": None}, *HI]
+    body = {"model": "base", "max_tokens": 8}
+    first, second = [
+        (await client.post("/v1/chat/completions", json={**body, "messages": messages})).json()
+        for messages in (old, new)
+    ]
+    assert first["choices"] == second["choices"]
+    assert first["usage"] == second["usage"]
+
+
 async def test_models_routes_and_health(client):
     models = (await client.get("/v1/models")).json()
     assert [m["id"] for m in models["data"]] == ["base", "zephyra", "zephyra:law", "zephyra:math", "zephyra:sql"]
@@ -148,6 +193,33 @@ BAD_BODIES = [
     ("/v1/chat/completions", {"messages": []}, ["empty"], None),
     ("/v1/chat/completions", {"messages": [{"role": "bot", "content": "x"}]}, ["role", "'bot'"], "messages"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "name": "y"}]}, ["name"], "messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]}, ["messages.0.content' is 3"], "messages"),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        ["messages.0.content.0.type", "'image_url'", "'text'"],
+        "messages",
+    ),
+    (
+        "/v1/chat/completions",
+        {"messages": HI, "tools": [{"type": "function"}]},
+        ["1 tools", "none is ever called"],
+        None,
+    ),
+    (
+        "/v1/chat/completions",
+        {"messages": HI, "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        ["response_format.type", "'json_schema'", "'text'"],
+        "response_format",
+    ),
+    (
+        "/v1/chat/completions",
+        {"messages": HI, "reasoning_effort": "high"},
+        ["reasoning_effort", "'high'", "'none'"],
+        "reasoning_effort",
+    ),
+    ("/v1/completions", {"prompt": "hi", "echo": True}, ["echo", "True"], "echo"),
+    ("/v1/completions", {"prompt": "hi", "best_of": 2}, ["best_of", "2"], "best_of"),
     ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, ["assistant", "user"], None),
     (
         "/v1/chat/completions",
