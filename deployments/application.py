@@ -1,5 +1,6 @@
 """Binds the deployments to one another, in the order of the flow. They are plain classes, made deployments here."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,10 @@ from ray.serve.schema import LoggingConfig
 import cluster
 from cluster.config import CHECKOUT, AppSettings, FetchSettings
 from cluster.errors import InvalidInput
+from cluster.lora.catalog import Catalog
+from cluster.model.quantized_artifact import is_quantized
+from cluster.model.servable import check_servable
+from cluster.training.given_base import take_over_base
 from deployments.api.ingress import Ingress
 from deployments.domains.publisher import Publisher
 from deployments.replica.affinity_router import router_config
@@ -21,6 +26,8 @@ from deployments.replica.base_replica import BaseReplica
 from deployments.router import Router
 from deployments.shards.adapter_shard import AdapterShard
 from deployments.shards.coordinator import Coordinator
+
+logger = logging.getLogger(__name__)
 
 APPLICATION_NAME = "zephyra"
 
@@ -36,9 +43,17 @@ threads four times less. For code that never blocks its loop."""
 
 
 def build(settings: AppSettings) -> Application:
-    """The application for these settings. Raises `NotTrained` before anything starts when there is no such base."""
+    """The application for these settings. Raises `NotTrained` before anything starts when there is no such base, and
+    `InvalidInput` when it is one that cannot be served.
+
+    A base from elsewhere becomes the base of its root, if that has none yet: adapters for it can then be added.
+    """
     check_packages()
-    base_folder(settings)
+    folder = base_folder(settings)
+    if settings.resolved_base() is not None:
+        check_servable(folder, settings.engine.max_context_tokens)
+        if Catalog(root := settings.resolved_root()).load().base is None and not is_quantized(folder):
+            take_over_base(root, str(settings.base), logger.info)
     return bind(settings)
 
 

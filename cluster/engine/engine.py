@@ -16,7 +16,7 @@ from cluster.config import EngineSettings
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.detokenizer import Detokenizer
 from cluster.engine.native_runner import native_runner
-from cluster.engine.runner import Runner, check_attention, ends
+from cluster.engine.runner import Runner, ends
 from cluster.engine.sampler import Draw, Sampled, sample
 from cluster.engine.scheduler import Scheduler
 from cluster.engine.sequence import Sequence, SequenceStatus
@@ -34,6 +34,7 @@ from cluster.errors import (
 from cluster.lora.weights import AdapterWeights, Resident
 from cluster.messages import AdapterRef, FinishReason, GenerateRequest, TokenChunk, check_prompt, check_vocabulary
 from cluster.model.base import Base, encode_prompt
+from cluster.model.servable import check_attention
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,38 @@
+"""A base that is there already, taken over into a root as `base/<version>`: what stage 1 does instead of training one.
+
+A copy, so that the root is whole wherever it goes: adapters mean nothing without the weights they were trained on.
+"""
+
+from collections.abc import Callable
+
+from cluster.config import Root
+from cluster.errors import InvalidInput
+from cluster.lora.artifacts import Store
+from cluster.lora.catalog import Catalog, Change
+from cluster.model.base import copy_base, fingerprint
+from cluster.model.hub import find_base
+from cluster.model.quantized_artifact import is_quantized
+from cluster.model.servable import check_servable
+
+
+def take_over_base(root: Root | Store, named: str, say: Callable[[str], None]) -> None:
+    """Copy the base that `named` names, a folder or an id on the hub, into `root` and publish it.
+
+    Nothing happens if it is the root's base already; another base withdraws the adapters and the router of the one
+    before. Raises `InvalidInput` for a base that cannot be served, `NotTrained` when there is none.
+    """
+    folder = find_base(named)
+    check_servable(folder)
+    if is_quantized(folder):
+        raise InvalidInput(f"The base {named!r} is quantized, and adapters are trained on floats; name its float base.")
+    store = Store.of(root)
+    catalog = Catalog(store)
+    state, mark = catalog.load(), fingerprint(folder)
+    if state.base is not None and fingerprint(store.folder(f"base/{state.base}")) == mark:
+        say(f"{named} ({mark}) is the root's base already, version {state.base}")
+        return
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    say(f"taking over {named}: copying {num_bytes / 1e6:,.1f} MB of weights")
+    version = store.write_version("base", lambda draft: copy_base(folder, draft))
+    catalog.publish(Change(base=version))
+    say(f"published base {version} ({mark})")
