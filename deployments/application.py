@@ -53,7 +53,7 @@ def build(settings: AppSettings) -> Application:
     if settings.resolved_base() is not None:
         check_servable(folder, settings.engine.max_context_tokens)
         if Catalog(root := settings.resolved_root()).load().base is None and not is_quantized(folder):
-            take_over_base(root, str(settings.base), logger.info)
+            take_over_base(root, str(settings.base), logger.info, settings.engine.max_context_tokens)
     return bind(settings)
 
 

@@ -45,6 +45,8 @@ def serve(
         if root is None and base is None and not is_trained(absolute(DEFAULT_ROOT)):
             _train_all(STARTER, None, None, None, again=False)
         settings = AppSettings(root=root, base=base, quantization=quantization, shards=shards, replicas=replicas)
+        if base is not None:
+            console.print("looking at the base; a root that has none yet gets a copy of it, which takes a while once")
         console.print(f"starting the cluster: 1 router, {replicas} base replica(s), {shards} adapter shards ...")
         with serving(settings, ports, quiet=True):
             _print_invitation(ports.http, ports.grpc, dashboard_port)

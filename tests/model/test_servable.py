@@ -112,9 +112,8 @@ def test_a_model_of_images_too_is_refused() -> None:
 SERVED = {
     "Gemma": {"head_dim": 8},
     "Granite": {"logits_scaling": 8.0, "attention_multiplier": 0.3},
-    "Olmo2": {},
     "Phi3": {},
-    "GPTNeoX": {},
+    "GPTNeoX": {"num_key_value_heads": 4},
 }
 
 

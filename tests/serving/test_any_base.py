@@ -50,7 +50,15 @@ async def test_an_adapter_of_pefts_on_all_linear_layers_answers_as_it_does_there
     take_over_base(root, str(folder), print)
     adapter = peft_folder(root, tmp_path / "peft", init_lora_weights=False)
     targets = json.loads((adapter / CONFIG_FILE).read_text())["target_modules"]
-    assert sorted(targets) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert sorted({target.rpartition(".")[2] for target in targets}) == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
     Domains(Store(root)).add("tax", adapter)
     system = local_system(root, ["tax"])
     try:
