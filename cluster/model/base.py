@@ -134,7 +134,9 @@ def as_question(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Prompt]:
         return (ChatMessage(Role.USER, text),)
 
     is_turn = tokenizer.chat_template is None or encode_prompt(tokenizer, "a") == encode_prompt(tokenizer, as_turn("a"))
-    return str if is_turn else as_turn
+    if is_turn:
+        return str
+    return as_turn
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

@@ -122,12 +122,13 @@ def _config(folder: Path) -> PreTrainedConfig:
             f"The base is quantized already, by {method}; name its float model, and use `zephyra quantize` on that."
         )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
         own_code = ", which comes with code of its own that is never run" if "auto_map" in content else ""
         raise InvalidInput(
             f"The base is of type {kind!r}, which this version of transformers does not know{own_code}; {SERVED}."
         ) from error
+    return config
 
 
 def _check_weights(folder: Path) -> None:
