@@ -5,6 +5,7 @@ Pydantic models with unknown keys refused, frozen, composed and never inherited 
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from cluster.errors import InvalidInput
 CHECKOUT = Path(__file__).resolve().parents[1]
 """The folder that holds `cluster/`: relative paths in settings are taken from here, in whatever process."""
 
-DEFAULT_ROOT = "artifacts/starter"
+_ARTIFACTS = "artifacts"
+DEFAULT_ROOT = f"{_ARTIFACTS}/starter"
 DEFAULT_KEYS_FILE = "keys/keys.json"
 
 Root = Path | str
@@ -189,6 +191,8 @@ class StageSettings(_Settings):
     recipe: Recipe
     name: str
     """The recipe's name, kept in the artifacts."""
+    base: str | None = None
+    """A base to take over instead of training one: an absolute folder, or an id on the Hugging Face hub."""
 
     @property
     def mark(self) -> str:
@@ -201,6 +205,13 @@ class StageSettings(_Settings):
         if not path.is_absolute():
             raise ValueError(f"{path} is relative; give an absolute path: a job runs in a temporary copy of the code")
         return path
+
+    @field_validator("base")
+    @classmethod
+    def _is_absolute_or_an_id(cls, base: str | None) -> str | None:
+        if base is not None and not Path(base).is_absolute() and not is_hub_id(base):
+            raise ValueError(f"{base} is neither an absolute folder nor an id such as org/name; give one of both")
+        return base
 
 
 class FetchSettings(_Settings):
@@ -219,7 +230,8 @@ class AppSettings(_Settings):
     """Folder or bucket (s3://, gs://, az://) of a trained system; by default artifacts/starter, or the root that `base`
     lies in."""
     base: str | None = None
-    """Folder of another causal language model in Hugging Face's format; by default the root's own."""
+    """Another causal language model in Hugging Face's format, a folder or an id on the hub; by default the root's
+    own."""
     quantization: Quantization | None = None
     """Serve the base's int8 or int4 form, which `zephyra quantize` wrote; by default its floats."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -290,7 +302,7 @@ class AppSettings(_Settings):
         for folder in (base, *list(base.parents)[:2]):
             if (folder / "catalog").is_dir():
                 return folder
-        return absolute("artifacts") / base.name
+        return absolute(_ARTIFACTS) / base.name
 
     def resolved_base(self) -> Path | None:
         """The folder of the base to serve, or None for the root's own."""
@@ -312,6 +324,11 @@ class GrpcTls:
     """PEM files."""
     address: str
     """host:port; by default port 9443 of all interfaces."""
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` reads as an id on the Hugging Face hub, `org/name`, and not as a place below artifacts/."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and Path(text).parts[0] != _ARTIFACTS
 
 
 def absolute(path: str | Path) -> Path:

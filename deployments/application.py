@@ -1,5 +1,6 @@
 """Binds the deployments to one another, in the order of the flow. They are plain classes, made deployments here."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,10 @@ from ray.serve.schema import LoggingConfig
 import cluster
 from cluster.config import CHECKOUT, AppSettings, FetchSettings
 from cluster.errors import InvalidInput
+from cluster.lora.catalog import Catalog
+from cluster.model.quantized_artifact import is_quantized
+from cluster.model.servable import check_servable
+from cluster.training.given_base import take_over_base
 from deployments.api.ingress import Ingress
 from deployments.api.keys import read_keys
 from deployments.domains.publisher import Publisher
@@ -22,6 +27,8 @@ from deployments.replica.base_replica import BaseReplica
 from deployments.router import Router
 from deployments.shards.adapter_shard import AdapterShard
 from deployments.shards.coordinator import Coordinator
+
+logger = logging.getLogger(__name__)
 
 APPLICATION_NAME = "zephyra"
 
@@ -38,12 +45,18 @@ threads four times less. For code that never blocks its loop."""
 
 def build(settings: AppSettings) -> Application:
     """The application for these settings. Raises before anything starts: `NotTrained` when there is no such base,
-    `InvalidInput` when the keys cannot be read.
+    `InvalidInput` when it is one that cannot be served, or when the keys cannot be read.
+
+    A base from elsewhere becomes the base of its root, if that has none yet: adapters for it can then be added.
     """
     check_packages()
     if (keys_file := settings.resolved_keys_file()) is not None:
         read_keys(keys_file)
-    base_folder(settings)
+    folder = base_folder(settings)
+    if settings.resolved_base() is not None:
+        check_servable(folder, settings.engine.max_context_tokens)
+        if Catalog(root := settings.resolved_root()).load().base is None and not is_quantized(folder):
+            take_over_base(root, str(settings.base), logger.info, settings.engine.max_context_tokens)
     return bind(settings)
 
 

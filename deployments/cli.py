@@ -21,6 +21,8 @@ from deployments.commands.domains_cli import app as domains_app
 from deployments.commands.keys_cli import app as keys_app
 from deployments.commands.router_cli import app as router_app
 
+_BASE_HELP = "a folder in Hugging Face's format, or an id on the hub, org/name."
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="One base, many experts."
 )
@@ -40,7 +42,7 @@ _Ca = Annotated[
 @app.command()
 def serve(
     root: Annotated[str | None, typer.Option(help="Folder of a trained system; by default the starter.")] = None,
-    base: Annotated[str | None, typer.Option(help="Folder of another base, in Hugging Face's format.")] = None,
+    base: Annotated[str | None, typer.Option(help="Another base: " + _BASE_HELP)] = None,
     quantization: Annotated[
         Quantization | None, typer.Option(help="What `zephyra quantize` wrote; by default the base's floats.")
     ] = None,
@@ -80,7 +82,9 @@ def serve(
         ports.check_open_to(settings)
         ports.check_free()
         if root is None and base is None and not is_trained(absolute(DEFAULT_ROOT)):
-            _train_all(STARTER, None, None, again=False)
+            _train_all(STARTER, None, None, None, again=False)
+        if base is not None:
+            console.print("looking at the base; a root that has none yet gets a copy of it, which takes a while once")
         console.print(f"starting the cluster: 1 router, {replicas} base replica(s), {shards} adapter shards ...")
         with serving(settings, ports, quiet=True):
             print_invitation(ports, keys_file is not None, console)
@@ -90,32 +94,39 @@ def serve(
 @app.command()
 def train(
     stage: Annotated[str, typer.Argument(help="base, adapters, router, joint, or all of them: all.")],
-    recipe: Annotated[str, typer.Option(help="starter or open-domains.")] = STARTER,
-    data: Annotated[str | None, typer.Option(help="Folder of Parquet files; the starter makes its own.")] = None,
-    root: Annotated[str | None, typer.Option(help="Where to publish; by default artifacts/RECIPE.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="starter, open-domains or pretrained; with --base by default pretrained.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of Parquet files; the starter's by default.")] = None,
+    root: Annotated[
+        str | None, typer.Option(help="Where to publish; by default artifacts/RECIPE, or artifacts/NAME of the base.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Take this base over instead of training one: " + _BASE_HELP)] = None,
     again: Annotated[bool, typer.Option("--again", help="Start over where a run is finished or half done.")] = False,
 ) -> None:
     """Train a stage, or what is left of all four, in this process. On a cluster: python -m deployments.train."""
     from cluster.training import STAGES
 
     with errors_told():
+        if base is not None and stage not in ("base", "all"):
+            raise InvalidInput(f"Stage {stage!r} takes the root's base; give --base to stage base, or to all.")
         if stage == "all":
-            if not _train_all(recipe, data, root, again):
+            if not _train_all(recipe, data, root, base, again):
                 console.print("all four stages are done already; --again starts over")
         elif stage in STAGES:
-            run_stage(stage, stage_settings(recipe, data, root))
+            run_stage(stage, stage_settings(recipe, data, root, base))
         else:
             raise InvalidInput(f"There is no stage {stage!r}; the stages are: {', '.join(STAGES)}, all.")
 
 
-def _train_all(recipe: str, data: str | None, root: str | None, again: bool) -> bool:
+def _train_all(recipe: str | None, data: str | None, root: str | None, base: str | None, again: bool) -> bool:
     from cluster.training.pipeline import run_all
 
-    settings = stage_settings(recipe, data, root)
+    settings = stage_settings(recipe, data, root, base)
     since = time.monotonic()
     left = run_all(settings, lambda stage: run_stage(stage, settings), again)
     if left:
-        console.print(f"trained '{recipe}' in {time.monotonic() - since:.0f} s: {settings.root}")
+        console.print(f"trained '{settings.name}' in {time.monotonic() - since:.0f} s: {settings.root}")
     return left
 
 

@@ -127,6 +127,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--root", required=True, help="absolute folder or mount that holds the artifacts")
     command.add_argument("--data", required=True, help="absolute folder of Parquet files")
     command.add_argument("--recipe", default="starter")
+    command.add_argument(
+        "--base", help="absolute folder or hub id of a base: stage base takes it over, and trains none"
+    )
     command.add_argument("--run-name", default=time.strftime("%Y%m%d-%H%M%S"), help="the same name resumes a run")
     command.add_argument("--cpus", type=float, default=1.0, help="CPUs that the worker reserves, and its threads")
     return command
@@ -135,7 +138,9 @@ def parser() -> argparse.ArgumentParser:
 def _settings(options: argparse.Namespace) -> StageSettings:
     chosen = recipe(options.recipe)
     try:
-        return StageSettings(root=options.root, data=options.data, recipe=chosen, name=options.recipe)
+        return StageSettings(
+            root=options.root, data=options.data, recipe=chosen, name=options.recipe, base=options.base
+        )
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise InvalidInput(f"--{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}.") from None

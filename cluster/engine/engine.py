@@ -18,7 +18,7 @@ from cluster.config import EngineSettings
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.intake import Intake
 from cluster.engine.native_runner import native_runner
-from cluster.engine.runner import Runner, check_attention
+from cluster.engine.runner import Runner
 from cluster.engine.sampler import Draw, Sampled, sample, score
 from cluster.engine.scheduler import Scheduler
 from cluster.engine.sequence import Sequence, SequenceStatus
@@ -35,6 +35,7 @@ from cluster.errors import (
 from cluster.lora.weights import AdapterWeights, Resident
 from cluster.messages import AdapterRef, FinishReason, GenerateRequest, TokenChunk
 from cluster.model.base import Base
+from cluster.model.servable import check_attention
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cluster.config import EngineSettings
 from cluster.engine.block_pool import blocks_for
 from cluster.engine.scheduler import Chunk
-from cluster.errors import InvalidInput
 from cluster.lora.weights import AdapterWeights, LinearLayer, Resident
 from cluster.messages import AdapterRef
 
@@ -66,17 +64,3 @@ def num_kv_blocks(settings: EngineSettings, block_bytes: int, max_tokens: int) -
             longest * block_bytes,
         )
     return max(longest, min(affordable, 2 * longest * settings.max_batch_size))
-
-
-def check_attention(model: PreTrainedModel, max_tokens: int) -> None:
-    """Raise `InvalidInput` unless every layer attends to all of `max_tokens` tokens."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    windowed = window is not None and window < max_tokens
-    default_kind = "sliding_attention" if windowed else "full_attention"
-    kinds = set(getattr(config, "layer_types", None) or [default_kind])
-    if kinds - ({"full_attention"} if windowed else {"full_attention", "sliding_attention"}):
-        raise InvalidInput(
-            f"The base's layers use {', '.join(sorted(kinds))} (window {window}); the engine serves full attention "
-            "only: choose another base, or a context no longer than the window."
-        )

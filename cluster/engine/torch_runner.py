@@ -21,6 +21,7 @@ from cluster.errors import InvalidInput
 from cluster.lora.linear import attach_mixed_batch
 from cluster.lora.weights import AdapterWeights, Factors, LinearLayer, adaptable_layers
 from cluster.messages import AdapterRef
+from cluster.model.servable import attention_shape
 
 
 class TorchRunner:
@@ -41,8 +42,7 @@ class TorchRunner:
         self._mixed_batch = attach_mixed_batch(model)
         self._model = model
         config = model.config.get_text_config()
-        heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        heads, size = attention_shape(config)
         layers = int(config.num_hidden_layers)
         self.kv_block_bytes = 2 * layers * BLOCK_TOKENS * heads * size * model.dtype.itemsize
         self.num_kv_blocks = num_kv_blocks(settings, self.kv_block_bytes, max_tokens)

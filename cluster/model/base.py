@@ -5,6 +5,8 @@ Only safetensors and JSON are read, and no code that lies beside a model is run.
 
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +17,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from cluster.config import Quantization
 from cluster.errors import InvalidInput, NotTrained
-from cluster.messages import Prompt
+from cluster.messages import ChatMessage, Prompt, Role
 from cluster.model.quantization import num_weights, weight_bytes
-from cluster.model.quantized_artifact import is_quantized, load_quantized, read_manifest, save_quantized
+from cluster.model.quantized_artifact import (
+    COPIED_SUFFIXES,
+    is_quantized,
+    load_quantized,
+    read_manifest,
+    save_quantized,
+)
+from cluster.model.servable import skeleton_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +92,7 @@ def quantize_base(source: Path, folder: Path, quantization: Quantization) -> Non
 
 def skeleton(folder: Path) -> PreTrainedModel:
     """The float base in `folder` without its weights: the names and shapes of its layers, at no cost of memory."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return model
+    return skeleton_of(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
 
 
 def _load_float(folder: Path, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
@@ -120,16 +126,40 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     return list(tokenizer(answer, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
 
 
+def copy_base(source: Path, folder: Path) -> None:
+    """Copy a float base from `source` into `folder`, an empty one: safetensors, configuration, tokenizer, no code."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in (".safetensors", *COPIED_SUFFIXES):
+            shutil.copyfile(file, folder / file.name)
+
+
+def as_question(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Prompt]:
+    """How a single question is put to this base, in training and where it is measured.
+
+    As a chat of one turn where the base has a template for chats, since that is how it will be asked; as plain text
+    where that gives the same tokens, or where there is no template.
+    """
+
+    def as_turn(text: str) -> Prompt:
+        return (ChatMessage(Role.USER, text),)
+
+    is_turn = tokenizer.chat_template is None or encode_prompt(tokenizer, "a") == encode_prompt(tokenizer, as_turn("a"))
+    if is_turn:
+        return str
+    return as_turn
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a completion's prompt, or of a chat through the model's own template.
 
     What a user wrote is text and nothing else: `<|assistant|>` in it is encoded by its letters, so that nobody can
-    forge a turn. Raises `InvalidInput` for a chat that the template refuses.
+    forge a turn. Without a template a chat is the texts of its turns, an empty line between them: one turn is then a
+    completion's prompt. Raises `InvalidInput` for a chat that the template refuses.
     """
+    if not isinstance(prompt, str) and tokenizer.chat_template is None:
+        prompt = "\n\n".join(message.content for message in prompt)
     if isinstance(prompt, str):
         return list(tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"])
-    if tokenizer.chat_template is None:
-        raise InvalidInput("This base has no chat template; use /v1/completions (gRPC: prompt instead of messages).")
     messages = [{"role": message.role.value, "content": message.content} for message in prompt]
     try:
         encoded: Any = tokenizer.apply_chat_template(

@@ -23,7 +23,7 @@ from cluster.model.quantization import QuantizedMatrix, quantize_model
 
 _TENSORS, _OURS = "quantized.safetensors", "quantization.json"
 _FORMAT = 1
-_COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 """Configuration and tokenizer; weights and whatever else lies beside them stay where they are."""
 
 
@@ -76,7 +76,7 @@ def save_quantized(
         tensors[name] = tensors[name].bfloat16()
     safetensors.torch.save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
     for file in source.iterdir():
-        if file.suffix in _COPIED_SUFFIXES and not file.name.endswith(".index.json"):
+        if file.suffix in COPIED_SUFFIXES and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
     manifest = Manifest(quantization, base_fingerprint, _sha256(folder / _TENSORS))
     (folder / _OURS).write_text(json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=2))

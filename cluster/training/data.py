@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.errors import InvalidData, InvalidInput
 from cluster.messages import NONE_DOMAIN, check_domain_name
-from cluster.model.base import encode_answer, encode_prompt
+from cluster.model.base import as_question, encode_answer, encode_prompt
 
 BASE_DOMAIN = "base"
 SPLITS = ("train", "val", "test")
@@ -133,13 +133,21 @@ class Example:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_tokens: int) -> list[Example]:
-    """Rows as examples, cut at `max_tokens`: a long prompt loses its beginning, so that some response remains."""
+    """Rows as examples, cut at `max_tokens`: a long prompt loses its beginning, so that some response remains.
+
+    Raises `InvalidInput` for a tokenizer that cannot say where a text ends.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise InvalidInput("The base's tokenizer names no token that ends a text; set eos_token in its configuration.")
+    # In front of a text without a prompt there must be something to predict from.
+    first = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    asked = as_question(tokenizer)
     examples = []
     for row in rows:
-        prompt = encode_prompt(tokenizer, row.prompt) if row.prompt else [tokenizer.bos_token_id]
+        prompt = encode_prompt(tokenizer, asked(row.prompt)) if row.prompt else [first]
         # Special tokens written out in the data are text, as they are in what a user writes.
-        answer = encode_answer(tokenizer, row.response)
-        response = [*answer, tokenizer.eos_token_id]
+        response = [*encode_answer(tokenizer, row.response), end]
         response = response[: max(max_tokens // 2, max_tokens - len(prompt))]
         overlong = len(prompt) + len(response) - max_tokens
         if overlong > 0:

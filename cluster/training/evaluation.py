@@ -19,7 +19,7 @@ from cluster.messages import (
     RoutingDecision,
     SamplingParams,
 )
-from cluster.model.base import Base
+from cluster.model.base import Base, as_question
 from cluster.training.artifacts import published_adapter, published_base, published_router, require_adapters
 from cluster.training.data import Row, data_digest, read_data
 from cluster.training.mixture_losses import MixtureLosses, mixture_of
@@ -192,9 +192,10 @@ class _Judge:
         """Share of rows that the engine answers word for word."""
         for ref in {ref for mixture in mixtures for ref in mixture.refs} - set(self._engine.stats().resident_adapters):
             self._engine.add_adapter(ref, self.adapters[ref])
+        asked = as_question(self._base.tokenizer)
         for number, (row, mixture) in enumerate(zip(rows, mixtures, strict=True)):
             request = GenerateRequest(
-                str(number), row.prompt, mixture, SamplingParams(max_tokens=_CHECKABLE_CHARACTERS)
+                str(number), asked(row.prompt), mixture, SamplingParams(max_tokens=_CHECKABLE_CHARACTERS)
             )
             self._engine.submit(request)
         texts = dict.fromkeys(range(len(rows)), "")

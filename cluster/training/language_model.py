@@ -15,10 +15,14 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _logits_and_labels(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    decoded = model.get_decoder()(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
-    hidden_BTD = decoded.last_hidden_state
     labelled_BT = batch.labels_BT != IGNORED_LABEL
-    return model.get_output_embeddings()(hidden_BTD[labelled_BT]).float(), batch.labels_BT[labelled_BT]
+    # On the head's way in, so that whatever the model does to its logits afterwards is done, such as scaling them.
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0][labelled_BT],))
+    try:
+        logits_LV = model(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False).logits
+    finally:
+        hook.remove()
+    return logits_LV.float(), batch.labels_BT[labelled_BT]
 
 
 @torch.inference_mode()

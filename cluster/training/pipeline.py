@@ -13,11 +13,12 @@ _FILE = "training.json"
 def run_all(settings: StageSettings, run_stage: Callable[[str], None], again: bool) -> bool:
     """Run the stages that are not done yet through `run_stage(name)`; all of them if `again`. False if none was left.
 
-    Other data or another recipe than last time starts over too.
+    Other data, another recipe or another base than last time starts over too.
     """
     path = settings.root / _FILE
     kept = json.loads(path.read_text()) if path.is_file() and not again else {}
-    same = kept.get("data") == str(settings.data) and kept.get("recipe") == settings.name
+    asked = {"data": str(settings.data), "recipe": settings.name, "base": settings.base}
+    same = all(kept.get(name) == value for name, value in asked.items())
     done: list[str] = kept["done"] if same else []
     left = [stage for stage in STAGES if stage not in done]
     settings.root.mkdir(parents=True, exist_ok=True)
@@ -25,7 +26,7 @@ def run_all(settings: StageSettings, run_stage: Callable[[str], None], again: bo
         run_stage(stage)
         done.append(stage)
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps({"data": str(settings.data), "recipe": settings.name, "done": done}, indent=2))
+        draft.write_text(json.dumps({**asked, "done": done}, indent=2))
         draft.replace(path)
     return bool(left)
 

@@ -6,6 +6,15 @@ from cluster.errors import InvalidInput
 RECIPES: dict[str, Recipe] = {
     # Trained in under three minutes on two cores: the data of cluster.training.starter.
     "starter": Recipe(),
+    # For a base that was trained by others: small steps, and nothing that hangs on the starter's size.
+    "pretrained": Recipe(
+        adapters=AdapterSettings(
+            rank=16, alpha=32, num_steps=200, tokens_per_batch=2048, max_tokens=512, learning_rate=2e-4
+        ),
+        joint=JointSettings(
+            num_steps=20, rows_per_domain=1, max_tokens=512, adapter_learning_rate=2e-5, router_learning_rate=1e-4
+        ),
+    ),
     # 13 real domains in under 25 minutes on two cores.
     "open-domains": Recipe(
         base=BaseSettings(

@@ -1,4 +1,4 @@
-"""Stage 1: a tokenizer and a base, trained from scratch and published as `base/<version>`.
+"""Stage 1: a tokenizer and a base, trained from scratch and published as `base/<version>`; or one taken over.
 
 A new base withdraws the adapters and the router of the one before, since they mean nothing on any other.
 """
@@ -21,6 +21,7 @@ from cluster.model.base import fingerprint
 from cluster.model.configuration_zephyra import SIZES
 from cluster.model.tokenizer import train_tokenizer
 from cluster.training.data import BASE_DOMAIN, BatchPlan, DataSet, Row, encode, read_data
+from cluster.training.given_base import take_over_base
 from cluster.training.language_model import batch_loss, batches_by_length, summed_loss
 from cluster.training.optimization import Optimizer, load_checkpoint, save_checkpoint
 from cluster.training.provenance import write_provenance
@@ -31,7 +32,10 @@ _TOKENIZER_CHARACTERS = 20_000_000
 
 
 def train_base(settings: StageSettings, run: Run) -> None:
-    """Train the base of the recipe on the data's train split and publish it."""
+    """Train the base of the recipe on the data's train split and publish it, or take over the one that is named."""
+    if settings.base is not None:
+        take_over_base(settings.root, settings.base, run.say)
+        return
     recipe, base = settings.recipe, settings.recipe.base
     if base.size not in SIZES:
         raise InvalidInput(f"There is no size {base.size!r} of Zephyra Fusion; the sizes are: {', '.join(SIZES)}.")

@@ -8,12 +8,13 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from cluster.config import DEFAULT_ROOT, AppSettings, Root, StageSettings, absolute
+from cluster.config import DEFAULT_ROOT, AppSettings, Root, StageSettings, absolute, is_hub_id
 from cluster.errors import InvalidInput, StageOrder, ZephyraError
 
 console = Console()
 
 STARTER, STARTER_DATA = "starter", "artifacts/starter-data"
+PRETRAINED = "pretrained"
 
 
 @contextmanager
@@ -60,19 +61,27 @@ def root_and_data(root: str | None, data: str | None) -> tuple[Path, Path]:
     return place, folder
 
 
-def stage_settings(recipe_name: str, data: str | None, root: str | None) -> StageSettings:
-    """What a stage is run with, from the options of a command. Makes the starter's data if they are not there."""
+def stage_settings(
+    recipe_name: str | None, data: str | None, root: str | None, base: str | None = None
+) -> StageSettings:
+    """What a stage is run with, from the options of a command. Makes the starter's data if they are not there.
+
+    With a base to take over, the recipe is the one for such and the root is named after it, unless these are given.
+    """
     from cluster.training.recipes import recipe
     from cluster.training.starter.generate import generate_starter
 
+    recipe_name = recipe_name or (STARTER if base is None else PRETRAINED)
     chosen = recipe(recipe_name)
-    if data is None and recipe_name != STARTER:
+    if data is None and recipe_name not in (STARTER, PRETRAINED):
         raise InvalidInput(f"Recipe {recipe_name!r} needs --data: a folder of Parquet files.")
     folder = absolute(STARTER_DATA) if data is None else Path(data).resolve()
     if data is None and not folder.is_dir():
         generate_starter(folder)
-    place = absolute(f"artifacts/{recipe_name}") if root is None else Path(root).resolve()
-    return StageSettings(root=place, data=folder, recipe=chosen, name=recipe_name)
+    named = base if base is None or (is_hub_id(base) and not Path(base).is_dir()) else str(Path(base).resolve())
+    own = f"artifacts/{recipe_name}" if named is None else AppSettings(base=named).resolved_root()
+    place = absolute(own) if root is None else Path(root).resolve()
+    return StageSettings(root=place, data=folder, recipe=chosen, name=recipe_name, base=named)
 
 
 def run_stage(stage: str, settings: StageSettings) -> None:

@@ -199,7 +199,9 @@ class Domains:
 
     def _base_folder(self, state: CatalogState) -> Path:
         if state.base is None:
-            raise StageOrder("The root holds no base yet; run `zephyra train base` first, or `zephyra train all`.")
+            raise StageOrder(
+                "The root holds no base yet; run `zephyra train base` first, with --base FOLDER for one that is there."
+            )
         return self._store.folder(f"base/{state.base}")
 
     def _infos(self, state: CatalogState, names: Sequence[str]) -> list[DomainInfo]:

@@ -6,12 +6,13 @@ A quantized form lies beside its base, `base/3-int8` beside `base/3`, and is no 
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import DEFAULT_ROOT, AppSettings, Quantization
+from cluster.config import DEFAULT_ROOT, AppSettings, Quantization, absolute, is_hub_id
 from cluster.errors import InvalidInput, NotTrained
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog
 from cluster.lora.store import write_folder
 from cluster.model.base import fingerprint, quantize_base
+from cluster.model.hub import find_base
 from cluster.model.quantized_artifact import is_quantized, quantized_folder, read_manifest
 
 
@@ -24,6 +25,7 @@ def base_folder(settings: AppSettings) -> Path:
     folder = _unquantized(settings)
     if (wanted := settings.quantization) is None:
         return folder
+    _check_has_a_place(settings)
     if is_quantized(folder):
         if (found := read_manifest(folder).quantization) != wanted:
             raise InvalidInput(f"The base {folder.name!r} is {found}, not {wanted}; name the one it was made of.")
@@ -41,8 +43,8 @@ def base_folder(settings: AppSettings) -> Path:
 
 def _unquantized(settings: AppSettings) -> Path:
     """The base as the root or the settings name it."""
-    if (named := settings.resolved_base()) is not None:
-        folder = named
+    if settings.resolved_base() is not None:
+        folder = find_base(str(settings.base))
     else:
         store = Store(settings.resolved_root())
         if (version := Catalog(store).load().base) is None:
@@ -54,6 +56,16 @@ def _unquantized(settings: AppSettings) -> Path:
     if not (folder / "config.json").is_file():
         raise NotTrained(f"There is no model in {settings.base or folder.name!r}; name a folder with a config.json.")
     return folder
+
+
+def _check_has_a_place(settings: AppSettings) -> None:
+    """A quantized form lies beside its base, and not in the hub's cache. Raises `InvalidInput`."""
+    named = settings.base
+    if named is not None and is_hub_id(named) and not absolute(named).is_dir():
+        raise InvalidInput(
+            f"{named!r} is an id on the hub, whose cache holds no quantized forms; take it over first by "
+            f"`zephyra train base --base {named}`, then give --root instead of --base."
+        )
 
 
 def _command(settings: AppSettings, quantization: Quantization) -> str:
@@ -85,6 +97,8 @@ def write_quantized(settings: AppSettings, quantization: Quantization, output: P
 
     One that is there and was made of the same weights stays; raises `InvalidInput` if anything else is there.
     """
+    if output is None:
+        _check_has_a_place(settings)
     source = _unquantized(settings)
     folder = output or quantized_folder(source, quantization)
     if not folder.exists():

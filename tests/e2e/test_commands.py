@@ -20,6 +20,8 @@ from tests.e2e.conftest import CHECKOUT, zephyra
         (["train", "all", "--recipe", "open-domains"], "needs --data"),
         (["train", "base", "--data", "{empty}", "--root", "{empty}/root"], "no Parquet file"),
         (["train", "router", "--root", "{empty}/root"], "holds no base yet"),
+        (["train", "all", "--base", "{empty}", "--data", "{empty}", "--root", "{empty}/root"], "There is no model in"),
+        (["train", "router", "--base", "a/b", "--root", "{empty}/root"], "give --base to stage base, or to all"),
         (["evaluate", "--root", "{empty}"], "holds no trained system"),
         (["router", "train", "--root", "{empty}/root"], "holds no base yet"),
         (["router", "evaluate", "--root", "{empty}"], "holds no trained system"),

@@ -33,6 +33,14 @@ def test_relative_paths_of_a_stage_are_refused() -> None:
             StageSettings(**paths, recipe=Recipe(), name="x")
 
 
+def test_a_base_to_take_over_is_an_absolute_folder_or_an_id() -> None:
+    for base in ("/models/a", "Qwen/Qwen3-0.6B"):
+        assert StageSettings(root="/a", data="/b", recipe=Recipe(), name="x", base=base).base == base
+    for base in ("./models/a", "a", "artifacts/a"):
+        with pytest.raises(ValidationError, match="neither an absolute folder nor an id such as org/name"):
+            StageSettings(root="/a", data="/b", recipe=Recipe(), name="x", base=base)
+
+
 def test_what_is_served_is_found_from_root_or_base(tmp_path: Path) -> None:
     root, plain = tmp_path / "root", tmp_path / "some-model"
     (root / "catalog").mkdir(parents=True)

@@ -84,14 +84,15 @@ def test_a_chat_follows_its_template(tokenizer: PreTrainedTokenizerBase) -> None
     assert encode_prompt(tokenizer, chat) == tokenizer(expected, add_special_tokens=False)["input_ids"]
 
 
-def test_a_base_without_a_template_or_with_one_that_refuses_says_so() -> None:
+def test_a_template_that_refuses_says_so_and_without_one_a_chat_is_its_texts() -> None:
     tokenizer = train_tokenizer(_TEXTS, vocab_size=300, max_length_tokens=512)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InvalidInput, match="refuses the messages: roles must alternate"):
         encode_prompt(tokenizer, _user("hi"))
     tokenizer.chat_template = None
-    with pytest.raises(InvalidInput, match="no chat template; use /v1/completions"):
-        encode_prompt(tokenizer, _user("hi"))
+    assert encode_prompt(tokenizer, _user("hi")) == encode_prompt(tokenizer, "hi")
+    chat = (ChatMessage(Role.SYSTEM, "be brief"), *_user("hi"))
+    assert encode_prompt(tokenizer, chat) == encode_prompt(tokenizer, "be brief\n\nhi")
 
 
 def test_digits_stay_single(tokenizer: PreTrainedTokenizerBase) -> None:

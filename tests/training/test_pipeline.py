@@ -12,8 +12,8 @@ from cluster.training.pipeline import data_of, is_trained, run_all
 from cluster.training.run import LocalRun
 
 
-def _settings(root: Path, data: str = "/data", name: str = "starter") -> StageSettings:
-    return StageSettings(root=root, data=Path(data), recipe=Recipe(), name=name)
+def _settings(root: Path, data: str = "/data", name: str = "starter", base: str | None = None) -> StageSettings:
+    return StageSettings(root=root, data=Path(data), recipe=Recipe(), name=name, base=base)
 
 
 class Stages:
@@ -47,13 +47,13 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert third.ran == []
 
 
-@pytest.mark.parametrize("change", [{"data": "/other"}, {"name": "open-domains"}, {"again": True}])
-def test_other_data_another_recipe_or_again_starts_over(tmp_path: Path, change: dict[str, object]) -> None:
+@pytest.mark.parametrize("change", [{"data": "/other"}, {"name": "open-domains"}, {"base": "a/b"}, {"again": True}])
+def test_other_data_another_recipe_or_base_or_again_starts_over(tmp_path: Path, change: dict[str, str | bool]) -> None:
     run_all(_settings(tmp_path), Stages(), again=False)
     stages = Stages(dies_at="router")
-    settings = _settings(tmp_path, str(change.get("data", "/data")), str(change.get("name", "starter")))
+    settings = _settings(tmp_path, **{name: str(value) for name, value in change.items() if name != "again"})
     with pytest.raises(KeyboardInterrupt):
-        run_all(settings, stages, again=bool(change.get("again", False)))
+        run_all(settings, stages, again="again" in change)
     assert stages.ran == list(STAGES)[:2]
     assert not is_trained(tmp_path), "what was trained before is no longer whole"
 

@@ -1,0 +1,119 @@
+"""Bases of others, served: adapters that PEFT made, answers that PEFT gives, in one process and on the real cluster."""
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from peft import PeftModel
+from ray import serve
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluster.config import AppSettings
+from cluster.errors import InvalidInput
+from cluster.lora.artifacts import Store
+from cluster.lora.catalog import Catalog
+from cluster.lora.packed_adapter import CONFIG_FILE
+from cluster.training.given_base import take_over_base
+from deployments.application import build
+from deployments.domains.operations import Domains
+from tests.conftest import Served
+from tests.model.foreign import ARCHITECTURES, CHATML, QUESTION, write_foreign
+from tests.serving.handed_in import peft_folder
+from tests.serving.http_client import client_of
+from tests.serving.local import local_system
+
+TURN = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def answers(base: Path, adapter: Path, text: str, max_tokens: int) -> tuple[str, str]:
+    """What transformers says, and PEFT with the adapter, to tokens of `text` as it is: the reference."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    said = []
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for one in (model, PeftModel.from_pretrained(model, str(adapter))):
+        mask = torch.ones_like(ids)
+        whole = one.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens)
+        said.append(tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
+    return said[0], said[1]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_an_adapter_of_pefts_on_all_linear_layers_answers_as_it_does_there(
+    architecture: str, tmp_path: Path
+) -> None:
+    template = None if architecture == "llama" else CHATML
+    folder, root = write_foreign(tmp_path / "mine", architecture, template), tmp_path / "root"
+    take_over_base(root, str(folder), print)
+    adapter = peft_folder(root, tmp_path / "peft", init_lora_weights=False)
+    targets = json.loads((adapter / CONFIG_FILE).read_text())["target_modules"]
+    assert sorted({target.rpartition(".")[2] for target in targets}) == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
+    Domains(Store(root)).add("tax", adapter)
+    system = local_system(root, ["tax"])
+    try:
+        async with client_of(system.gateway) as client:
+            for path, asked, text in (
+                ("completions", {"prompt": QUESTION}, QUESTION),
+                (
+                    "chat/completions",
+                    {"messages": [{"role": "user", "content": QUESTION}]},
+                    TURN if template else QUESTION,
+                ),
+            ):
+                for model, expected in zip(
+                    ("base", "zephyra:tax"), answers(folder, adapter, text, max_tokens=12), strict=True
+                ):
+                    body = {"model": model, "max_tokens": 12, **asked}
+                    choice = (await client.post(f"/v1/{path}", json=body)).json()["choices"][0]
+                    assert (choice["text"] if path == "completions" else choice["message"]["content"]) == expected
+    finally:
+        system.replica.engine.stop()
+
+
+def test_a_base_that_cannot_be_served_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    folder = write_foreign(tmp_path / "mine")
+    content = json.loads((folder / "config.json").read_text())
+    windowed = {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True, "sliding_window": 32}
+    (folder / "config.json").write_text(json.dumps({**content, **windowed}))
+    with pytest.raises(InvalidInput, match="'qwen2', a model whose layers use sliding_attention"):
+        build(AppSettings(base=str(folder), root=str(tmp_path / "root")))
+    assert not (tmp_path / "root").exists()
+    short = {"max_context_tokens": 32, "max_step_tokens": 32}
+    build(AppSettings(base=str(folder), root=str(tmp_path / "root"), engine=short))
+
+
+@pytest.mark.ray
+def test_a_base_given_to_serve_takes_adapters_while_it_is_served(served: Served, tmp_path: Path) -> None:
+    """Beside the shared application, under a path of its own."""
+    folder, root = write_foreign(tmp_path / "mine", "smollm3", CHATML), tmp_path / "root"
+    application = build(AppSettings(base=str(folder), root=str(root), shards=1, threads=1))
+    assert Catalog(root).load().base == 1
+    adapter = peft_folder(root, tmp_path / "peft", init_lora_weights=False)
+    plain, tuned = answers(folder, adapter, TURN, max_tokens=12)
+    assert plain != tuned
+    serve.run(application, name="other", route_prefix="/other")
+    try:
+        with httpx.Client(base_url=f"{served.http}/other", timeout=60) as client:
+            files = {
+                "adapter_config": (adapter / CONFIG_FILE).read_bytes(),
+                "adapter_model": (adapter / "adapter_model.safetensors").read_bytes(),
+            }
+            added = client.post("/v1/domains", data={"name": "tax"}, files=files)
+            assert added.status_code < 300, added.text
+            for model, expected in (("base", plain), ("zephyra:tax@1", tuned)):
+                body = {"model": model, "max_tokens": 12, "messages": [{"role": "user", "content": QUESTION}]}
+                answer = client.post("/v1/chat/completions", json=body)
+                assert answer.json()["choices"][0]["message"]["content"] == expected
+    finally:
+        serve.delete("other")
