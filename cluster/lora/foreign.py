@@ -59,7 +59,8 @@ def _read(folder: Path, name: str, max_bytes: int) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
             raise InvalidInput(f"{name} in {folder.name!r} is no file of at most {max_bytes} bytes.")
-        return file.read(max_bytes)
+        # Not `max_bytes`: that much would be allocated first, whatever the file holds.
+        return file.read(status.st_size)
 
 
 def _check_base(content: bytes, base_fingerprint: str) -> None:

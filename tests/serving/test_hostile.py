@@ -78,7 +78,7 @@ def test_a_body_that_comes_byte_by_byte_is_waited_for_so_long_and_no_longer() ->
 
     async def drip() -> Message:
         nonlocal sent_bytes
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.7)
         sent_bytes += 1
         return {"type": "http.request", "body": b"x", "more_body": True}
 
@@ -95,7 +95,8 @@ def test_a_body_that_comes_byte_by_byte_is_waited_for_so_long_and_no_longer() ->
         waited_s = asyncio.get_running_loop().time()
 
     virtual_time.run(scenario())
-    assert (waited_s, sent_bytes) == (BODY_S, BODY_S - 1)
+    assert waited_s == pytest.approx(BODY_S)
+    assert sent_bytes == BODY_S // 0.7
 
 
 BOMBS = {
@@ -181,12 +182,14 @@ def test_thousands_of_headers_are_refused_and_the_next_request_is_answered(
     server: tuple[str, int, BaseReplica],
 ) -> None:
     host, port, _ = server
-    with httpx.Client(base_url=f"http://{host}:{port}", timeout=30) as client:
-        for headers in ({f"x-{index}": "y" for index in range(10_000)}, {"x": "y" * 10**6}):
-            response = client.post("/v1/completions", json=BODY_FIELDS, headers=headers)
-            assert (response.status_code, error_of(response)["code"]) == (400, "invalid_input")
-            assert f"the most is {MAX_HEADERS}" in error_of(response)["message"]
-            assert client.post("/v1/completions", json=BODY_FIELDS).status_code == 200
+    for headers in (b"".join(b"x-%d: y\r\n" % index for index in range(10_000)), b"x: %s\r\n" % (b"y" * 10**6)):
+        with socket.create_connection((host, port), timeout=60) as client:
+            client.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + headers + b"\r\n")
+            head, _, content = b"".join(iter(partial(client.recv, 2**16), b"")).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        error = json.loads(content)["error"]
+        assert (error["code"], f"the most is {MAX_HEADERS}" in error["message"]) == ("invalid_input", True)
+        assert httpx.get(f"http://{host}:{port}/v1/models", timeout=30).status_code == 200
 
 
 def test_clients_that_send_a_body_slowly_are_let_go_while_others_are_answered(
@@ -214,13 +217,13 @@ def test_clients_that_send_a_body_slowly_are_let_go_while_others_are_answered(
 def test_an_answer_is_finished_whether_or_not_its_client_reads_it(server: tuple[str, int, BaseReplica]) -> None:
     host, port, replica = server
     body = json.dumps({"prompt": "hi", "model": "base", "max_tokens": 1500, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\ncontent-type: application/json\r\n"
     with socket.socket() as client:
         # So small that the server cannot send it all.
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.settimeout(60)
         client.connect((host, port))
-        client.sendall(head.encode() + body)
+        client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         said = client.recv(100)
         end_s = time.monotonic() + 60
         while replica.engine.num_unanswered:
