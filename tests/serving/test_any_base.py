@@ -32,8 +32,9 @@ def answers(base: Path, adapter: Path, text: str, max_tokens: int) -> tuple[str,
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     said = []
-    model = AutoModelForCausalLM.from_pretrained(base)
-    for one in (model, PeftModel.from_pretrained(model, str(adapter))):
+    # Two of them: PEFT changes the model that it is given.
+    plain, wrapped = (AutoModelForCausalLM.from_pretrained(base) for _ in range(2))
+    for one in (plain, PeftModel.from_pretrained(wrapped, str(adapter))):
         mask = torch.ones_like(ids)
         whole = one.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens)
         said.append(tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
