@@ -87,7 +87,8 @@ class LocalStorage:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
                 raise CorruptArtifact(f"{name} is no file of at most {max_bytes} bytes; restore it.")
-            return file.read(max_bytes)
+            # Not `max_bytes`: that much would be allocated first.
+            return file.read(status.st_size)
 
     def create(self, name: str, content: bytes) -> bool:
         path = self.path(name)

@@ -46,6 +46,8 @@ _ADD_SCHEMA = {
     }
 }
 
+_SAID: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+
 _Expected = Annotated[int | None, Header(alias="expected-generation", ge=0, le=2**53)]
 
 
@@ -62,6 +64,8 @@ def domain_routes(domains: RemoteDomains, access: Access) -> APIRouter:
         "dependencies": [Depends(check_may_change)],
         "responses": openapi.DOMAIN_CHANGES,
     }
+    # A response_class of text would make the errors text as well, in the description.
+    vllms = {**changes, "responses": {200: _SAID, **openapi.DOMAIN_CHANGES}}
 
     @routes.get(UPLOAD_PATH, response_model=None, responses=openapi.DOMAINS)
     async def list_domains(limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = PAGE, after: str = "") -> Json:
@@ -93,13 +97,13 @@ def domain_routes(domains: RemoteDomains, access: Access) -> APIRouter:
         expected = one_generation(body.expected_generation, expected_generation)
         return change_json(await domains.rollback(name, body.version, expected))
 
-    @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse, **changes)
+    @routes.post("/v1/load_lora_adapter", **vllms)
     async def load_lora_adapter(body: LoadBody) -> Response:
         """vLLM's way to publish an adapter below the folder that the settings allow."""
         change = await domains.add(NewDomain(body.lora_name, adapter_uri=body.lora_path))
         return PlainTextResponse(f"Success: {change.ref} was added; its model is zephyra:{change.domain}.")
 
-    @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, **changes)
+    @routes.post("/v1/unload_lora_adapter", **vllms)
     async def unload_lora_adapter(body: UnloadBody) -> Response:
         """vLLM's way to withdraw a domain."""
         await domains.remove(body.lora_name, None)
