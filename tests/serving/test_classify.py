@@ -195,13 +195,6 @@ async def test_it_takes_a_prompt_or_messages(client):
         assert (response.status_code, error_of(response)["code"]) == (400, "invalid_input")
 
 
-async def test_callers_from_elsewhere_are_refused_over_grpc(system):
-    context = Context("ipv4:10.0.0.1:5000")
-    with pytest.raises(ZephyraError):
-        await classify.classify(system.gateway, pb.ClassifyRequest(prompt="hi", labels=["a"]), context)
-    assert context.code == grpc.StatusCode.PERMISSION_DENIED
-
-
 def classifying(prompt=PROMPT, labels=LABELS, model="base", **asked):
     return ClassifyRequest(ClientRequest(prompt, model, **asked), tuple(labels))
 
