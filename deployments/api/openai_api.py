@@ -57,7 +57,7 @@ _BODIES: Mapping[str, type[BaseModel]] = {
 
 _ANSWER: dict[str, Any] = {
     "description": "The whole answer; with `stream`, its pieces as server-sent events.",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {"text/event-stream": {}},
 }
 
 

@@ -41,6 +41,9 @@ def within_reach(case: schemathesis.Case) -> None:
         return
     if isinstance(body.get("model"), str) and len(body["model"]) % 2:
         body["model"] = MODELS[len(body["model"]) // 2 % len(MODELS)]
+    messages = body.get("messages")
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict) and "role" in messages[-1]:
+        messages[-1]["role"] = "user"
     for name in ("max_tokens", "max_completion_tokens"):
         if type(body.get(name)) is int and body[name] > 0:
             body[name] = MAX_TOKENS
