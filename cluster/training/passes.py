@@ -1,0 +1,137 @@
+"""Documents of many domains arranged for one frozen base: a pass is one long row, domain after domain, without padding.
+
+Letters: T tokens, M labelled tokens, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cluster.training.data import Example
+from cluster.training.documents import documents, takes_documents
+from cluster.training.grouped_lora import GroupedAdapters, Stretch
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Whole documents one after the other; the responses are to be predicted."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    lengths: tuple[int, ...]
+    """Tokens of each document."""
+    stretches: tuple[Stretch, ...]
+    """The tokens of each domain."""
+    labelled_M: Tensor
+    """Where the tokens are that predict something."""
+    labels_M: Tensor
+    """What each of them is to predict."""
+    labelled_stretches: tuple[Stretch, ...]
+    """The labelled tokens of each domain."""
+
+
+def arrange(rows: Mapping[str, Sequence[Example]], tokens_per_pass: int) -> list[Pass]:
+    """Every domain's examples in their order, in passes of at most so many tokens, or of one longer example."""
+    groups: list[list[tuple[str, Example]]] = [[]]
+    filled = 0
+    for domain, examples in rows.items():
+        for example in examples:
+            if groups[-1] and filled + len(example.ids) - 1 > tokens_per_pass:
+                groups.append([])
+                filled = 0
+            groups[-1].append((domain, example))
+            filled += len(example.ids) - 1
+    return [_pass(group) for group in groups if group]
+
+
+def _pass(group: Sequence[tuple[str, Example]]) -> Pass:
+    ids, positions, labelled, labels, lengths = [], [], [], [], []
+    ends: dict[str, tuple[int, int]] = {}
+    for domain, example in group:
+        start, length = len(ids), len(example.ids) - 1
+        ids += example.ids[:-1]
+        positions += range(length)
+        labelled += range(start + example.num_prompt_tokens - 1, start + length)
+        labels += example.ids[example.num_prompt_tokens :]
+        lengths.append(length)
+        ends[domain] = (len(ids), len(labelled))
+    stretches, labelled_stretches = [], []
+    start = labelled_start = 0
+    for domain, (end, labelled_end) in ends.items():
+        stretches.append(Stretch(domain, start, end))
+        labelled_stretches.append(Stretch(domain, labelled_start, labelled_end))
+        start, labelled_start = end, labelled_end
+    return Pass(
+        torch.tensor(ids),
+        torch.tensor(positions),
+        tuple(lengths),
+        tuple(stretches),
+        torch.tensor(labelled),
+        torch.tensor(labels),
+        tuple(labelled_stretches),
+    )
+
+
+class OnePass:
+    """A base under the adapters of many domains, attached within `open()`."""
+
+    def __init__(self, model: PreTrainedModel, adapters: GroupedAdapters) -> None:
+        self._model, self._adapters = model, adapters
+        self._takes_documents = takes_documents(model)
+        self._last: _LabelledOnly | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Within, the model is this one's: its weights frozen, its layers the adapters', its attention by documents."""
+        wanted = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        layer = self._model.get_decoder().layers[-1]
+        feed_forward = getattr(layer, "mlp", None)
+        with ExitStack() as stack:
+            stack.callback(lambda: [parameter.requires_grad_(True) for parameter in wanted])
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            stack.enter_context(self._adapters.attached())
+            if self._takes_documents:
+                stack.enter_context(documents(self._model))
+            if isinstance(feed_forward, nn.Module):
+                self._last = layer.mlp = _LabelledOnly(feed_forward, self._adapters)
+                stack.callback(setattr, layer, "mlp", feed_forward)
+            yield
+
+    def losses(self, batch: Pass) -> Tensor:
+        """Loss in nats of each labelled token, [M], each through its own domain's adapter, or none if there is none."""
+        if self._last is not None:
+            self._last.batch = batch
+        options = {"document_lengths": batch.lengths} if self._takes_documents else {}
+        with self._adapters.rows(batch.stretches):
+            decoded = self._model.get_decoder()(
+                input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False, **options
+            )
+        hidden_MD = decoded.last_hidden_state[0, batch.labelled_M]
+        logits_MV = self._model.get_output_embeddings()(hidden_MD)
+        wide = torch.promote_types(logits_MV.dtype, torch.float32)
+        return nn.functional.cross_entropy(logits_MV.to(wide), batch.labels_M, reduction="none")
+
+
+class _LabelledOnly(nn.Module):
+    """The last block's feed-forward, on the labelled tokens alone: what it gives the others nobody reads."""
+
+    def __init__(self, feed_forward: nn.Module, adapters: GroupedAdapters) -> None:
+        super().__init__()
+        self.feed_forward, self._adapters = feed_forward, adapters
+        self.batch: Pass | None = None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        assert self.batch is not None, "called through OnePass"
+        with self._adapters.rows(self.batch.labelled_stretches):
+            y_BMD: Tensor = self.feed_forward(x_BTD[:, self.batch.labelled_M])
+        return torch.zeros_like(x_BTD).index_copy(1, self.batch.labelled_M, y_BMD)
+
+
+def summed_by_domain(values_M: Tensor, batch: Pass) -> dict[str, Tensor]:
+    """The sum of the labelled tokens' values in each domain of a pass."""
+    return {s.domain: values_M[s.start : s.end].sum() for s in batch.labelled_stretches}
