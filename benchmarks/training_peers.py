@@ -7,12 +7,13 @@ its schedule, the clipping. What differs is who runs it.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from cluster.lora.weights import AdapterWeights, Factors
 from cluster.training.data import IGNORED_LABEL, Batch, Example, collate
@@ -33,9 +34,8 @@ class Plan:
     weight_decay: float = 0.0
 
 
-def train_with_trainer(model: PreTrainedModel, plan: Plan, rows_per_pass: int, folder: str) -> float:
-    """Train what asks for gradients, so many rows at a time; the seconds it took."""
-    passes, per_step = _passes(plan, rows_per_pass)
+def train_with_trainer(model: PreTrainedModel, plan: Plan, passes_per_step: int, folder: str) -> float:
+    """Train what asks for gradients, each step in so many passes; the seconds it took."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices, others = ([p for p in trained if (p.dim() >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -45,7 +45,7 @@ def train_with_trainer(model: PreTrainedModel, plan: Plan, rows_per_pass: int, f
         output_dir=folder,
         max_steps=len(plan.steps),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=per_step,
+        gradient_accumulation_steps=passes_per_step,
         max_grad_norm=1.0,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
@@ -58,25 +58,26 @@ def train_with_trainer(model: PreTrainedModel, plan: Plan, rows_per_pass: int, f
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=passes,  # type: ignore[arg-type]  # a list is a data set to torch
+        train_dataset=_passes(plan, passes_per_step),  # type: ignore[arg-type]  # a list is a data set to torch
         data_collator=lambda items: items[0],
         optimizers=(optimizer, schedule),
         compute_loss_func=_loss,
     )
+    trainer.remove_callback(PrinterCallback)
     since = time.perf_counter()
     trainer.train()
     return time.perf_counter() - since
 
 
-def _passes(plan: Plan, rows_per_pass: int) -> tuple[list[dict[str, Tensor]], int]:
-    """The inputs of every pass, and how many make a step."""
-    passes, counts = [], set()
+def _passes(plan: Plan, passes_per_step: int) -> list[dict[str, Tensor]]:
+    """The inputs of every pass; each step's rows are divided among so many."""
+    passes = []
     for rows in plan.steps:
-        pieces = [rows[start : start + rows_per_pass] for start in range(0, len(rows), rows_per_pass)]
-        counts.add(len(pieces))
-        passes += [_inputs(collate(piece, plan.pad_id, plan.learn_prompts)) for piece in pieces]
-    assert len(counts) == 1, "the Trainer takes as many passes for every step"
-    return passes, counts.pop()
+        assert len(rows) >= passes_per_step, "the Trainer takes as many passes for every step"
+        bounds = [len(rows) * part // passes_per_step for part in range(passes_per_step + 1)]
+        for start, end in pairwise(bounds):
+            passes.append(_inputs(collate(rows[start:end], plan.pad_id, plan.learn_prompts)))
+    return passes
 
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:
@@ -93,9 +94,9 @@ def _loss(outputs: Any, labels_BT: Tensor, num_items_in_batch: Tensor | None = N
 
 
 def train_with_peft(
-    model: PreTrainedModel, start: AdapterWeights, plan: Plan, rows_per_pass: int, folder: str
+    model: PreTrainedModel, start: AdapterWeights, plan: Plan, passes_per_step: int, folder: str
 ) -> tuple[AdapterWeights, float]:
-    """One adapter that begins as `start`, by PEFT under the Trainer, and the seconds it took. `model` stays as it was."""
+    """One adapter that begins as `start`, by PEFT under the Trainer, and the seconds. `model` stays as it was."""
     some = next(iter(start.factors.values()))
     targets = sorted({name.rpartition(".")[2] for name in start.factors})
     config = LoraConfig(r=some.rank, lora_alpha=some.scale * some.rank, target_modules=targets, task_type="CAUSAL_LM")
@@ -105,7 +106,7 @@ def train_with_peft(
         for name, factors in start.factors.items():
             layers[name].lora_A["default"].weight.copy_(factors.a_RI)
             layers[name].lora_B["default"].weight.copy_(factors.b_OR)
-    seconds = train_with_trainer(peft_model, plan, rows_per_pass, folder)
+    seconds = train_with_trainer(peft_model, plan, passes_per_step, folder)
     trained = {
         name: Factors(
             layer.lora_A["default"].weight.detach().clone(),

@@ -115,8 +115,8 @@ class _GroupedLinear(nn.Module):
         x_TI = x.reshape(-1, x.shape[-1])
         if self._rows.stretches and len(x_TI) != self._rows.stretches[-1].end:
             raise InvalidInput(
-                f"A layer of this base was given {len(x_TI)} rows, expected {self._rows.stretches[-1].end}, one for each "
-                "token; a base that sends tokens through different layers cannot be adapted in one pass."
+                f"A layer of this base was given {len(x_TI)} rows, expected {self._rows.stretches[-1].end}, one for "
+                "each token; a base that sends tokens through different layers cannot be adapted in one pass."
             )
         y_TO: Tensor = _GroupedProduct.apply(x_TI, self._anchor, self, stretches)
         return y_TO.view(*x.shape[:-1], -1)
@@ -143,7 +143,8 @@ class GroupedAdapters:
     def add(self, domain: str, shape: AdapterShape, seed: int) -> None:
         """A fresh adapter: as PEFT initialises, A uniform within 1/sqrt(d_in), B zero, so it starts as the plain base.
 
-        It depends on the seed and on the domain's name, not on what else is trained. Raises `InvalidInput` when a target is no layer of the base.
+        It depends on the seed and on the domain's name, not on what else is trained. Raises `InvalidInput` when a
+        target is no layer of the base.
         """
         kinds = {name: name.rpartition(".")[2] for name in self._layers}
         if unknown := sorted(set(shape.targets) - set(kinds.values())):

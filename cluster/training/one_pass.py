@@ -2,7 +2,7 @@
 
 A step takes one batch of every domain that is still learning. Their documents go through the base together; a domain's
 loss is the mean over its own labelled tokens, its gradient is clipped by its own norm, and it has its own optimizer,
-schedule and end. So nothing of one domain reaches another: fitting many gives what fitting each gives, but for rounding.
+schedule and end. So nothing of one domain reaches another: fitting many gives what fitting each does, but for rounding.
 """
 
 import math

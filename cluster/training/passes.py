@@ -1,4 +1,4 @@
-"""Documents of many domains arranged for one frozen base: a pass is one long row, domain after domain, without padding.
+"""Documents arranged for one base: a pass is one long row, domain after domain, without padding.
 
 Letters: T tokens, M labelled tokens, D hidden size, V vocabulary.
 """
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cluster.kernels import training as kernels
 from cluster.training.data import Example
-from cluster.training.documents import documents, takes_documents
+from cluster.training.documents import documents
 from cluster.training.grouped_lora import GroupedAdapters, Stretch
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Whole documents one after the other; the responses are to be predicted."""
+    """Whole documents one after the other."""
 
     ids_T: Tensor
     positions_T: Tensor
@@ -34,8 +35,11 @@ class Pass:
     """The labelled tokens of each domain."""
 
 
-def arrange(rows: Mapping[str, Sequence[Example]], tokens_per_pass: int) -> list[Pass]:
-    """Every domain's examples in their order, in passes of at most so many tokens, or of one longer example."""
+def arrange(rows: Mapping[str, Sequence[Example]], tokens_per_pass: int, learn_prompts: bool = False) -> list[Pass]:
+    """Every domain's examples in their order, in passes of at most so many tokens, or of one longer example.
+
+    Responses are to be predicted, and prompts too if `learn_prompts`.
+    """
     groups: list[list[tuple[str, Example]]] = [[]]
     filled = 0
     for domain, examples in rows.items():
@@ -45,18 +49,19 @@ def arrange(rows: Mapping[str, Sequence[Example]], tokens_per_pass: int) -> list
                 filled = 0
             groups[-1].append((domain, example))
             filled += len(example.ids) - 1
-    return [_pass(group) for group in groups if group]
+    return [_pass(group, learn_prompts) for group in groups if group]
 
 
-def _pass(group: Sequence[tuple[str, Example]]) -> Pass:
+def _pass(group: Sequence[tuple[str, Example]], learn_prompts: bool) -> Pass:
     ids, positions, labelled, labels, lengths = [], [], [], [], []
     ends: dict[str, tuple[int, int]] = {}
     for domain, example in group:
         start, length = len(ids), len(example.ids) - 1
         ids += example.ids[:-1]
         positions += range(length)
-        labelled += range(start + example.num_prompt_tokens - 1, start + length)
-        labels += example.ids[example.num_prompt_tokens :]
+        first = 1 if learn_prompts else example.num_prompt_tokens
+        labelled += range(start + first - 1, start + length)
+        labels += example.ids[first:]
         lengths.append(length)
         ends[domain] = (len(ids), len(labelled))
     stretches, labelled_stretches = [], []
@@ -81,7 +86,7 @@ class OnePass:
 
     def __init__(self, model: PreTrainedModel, adapters: GroupedAdapters) -> None:
         self._model, self._adapters = model, adapters
-        self._takes_documents = takes_documents(model)
+        self._takes_lengths = False
         self._last: _LabelledOnly | None = None
 
     @contextmanager
@@ -95,26 +100,49 @@ class OnePass:
             for parameter in wanted:
                 parameter.requires_grad_(False)
             stack.enter_context(self._adapters.attached())
-            if self._takes_documents:
-                stack.enter_context(documents(self._model))
+            self._takes_lengths = stack.enter_context(documents(self._model))
             if isinstance(feed_forward, nn.Module):
                 self._last = layer.mlp = _LabelledOnly(feed_forward, self._adapters)
                 stack.callback(setattr, layer, "mlp", feed_forward)
+            for name, module in list(self._model.named_modules()):
+                if type(module) is nn.RMSNorm and module.elementwise_affine:
+                    parent, _, child = name.rpartition(".")
+                    owner = self._model.get_submodule(parent)
+                    setattr(owner, child, _FrozenNorm(module))
+                    stack.callback(setattr, owner, child, module)
             yield
 
     def losses(self, batch: Pass) -> Tensor:
         """Loss in nats of each labelled token, [M], each through its own domain's adapter, or none if there is none."""
         if self._last is not None:
             self._last.batch = batch
-        options = {"document_lengths": batch.lengths} if self._takes_documents else {}
         with self._adapters.rows(batch.stretches):
-            decoded = self._model.get_decoder()(
-                input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False, **options
-            )
-        hidden_MD = decoded.last_hidden_state[0, batch.labelled_M]
-        logits_MV = self._model.get_output_embeddings()(hidden_MD)
-        wide = torch.promote_types(logits_MV.dtype, torch.float32)
-        return nn.functional.cross_entropy(logits_MV.to(wide), batch.labels_M, reduction="none")
+            return token_losses(self._model, batch, self._takes_lengths)
+
+
+def token_losses(model: PreTrainedModel, batch: Pass, takes_lengths: bool) -> Tensor:
+    """Loss in nats of each labelled token, [M]; `takes_lengths` is what `documents(model)` said."""
+    options = {"document_lengths": batch.lengths} if takes_lengths else {}
+    decoded = model.get_decoder()(
+        input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False, **options
+    )
+    logits_MV = model.get_output_embeddings()(decoded.last_hidden_state[0, batch.labelled_M])
+    wide = torch.promote_types(logits_MV.dtype, torch.float32)
+    return nn.functional.cross_entropy(logits_MV.to(wide), batch.labels_M, reduction="none")
+
+
+class _FrozenNorm(nn.Module):
+    """An `nn.RMSNorm` whose weights are frozen, on the native kernels where they apply."""
+
+    def __init__(self, norm: nn.RMSNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not kernels.can_normalize(x, self.norm.weight):
+            out: Tensor = self.norm(x)
+            return out
+        return kernels.normalize(x, self.norm.weight, self.norm.eps or torch.finfo(x.dtype).eps)
 
 
 class _LabelledOnly(nn.Module):

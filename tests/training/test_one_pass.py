@@ -1,4 +1,4 @@
-"""All domains in one pass against each alone, written out: single documents, plain autograd, an optimizer of torch's."""
+"""All domains in one pass against each alone, written out: single documents, plain autograd, torch's own optimizer."""
 
 import copy
 import math
@@ -16,10 +16,11 @@ from cluster.errors import InvalidInput
 from cluster.lora.weights import AdapterWeights, Factors, adaptable_layers
 from cluster.model.base import Base
 from cluster.training.data import BatchPlan, Example
+from cluster.training.documents import takes_documents
 from cluster.training.grouped_lora import AdapterShape, GroupedAdapters
 from cluster.training.one_pass import FitSettings, Fitted, fit_adapters, mean_losses
 from cluster.training.optimization import wsd
-from cluster.training.passes import OnePass, arrange, takes_documents
+from cluster.training.passes import OnePass, arrange
 from tests.lora.adapters import random_adapter
 from tests.model.nano import logits, nano_model, random_ids
 from tests.model.shapes import small_model
