@@ -22,10 +22,35 @@ from cluster.model.configuration_zephyra import ZephyraFusionConfig
 
 
 def rotate(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated against each other."""
-    first, second = x_BNTH.chunk(2, dim=-1)
-    turned_BNTH = torch.cat((-second, first), dim=-1)
-    return x_BNTH * cos_BTH.unsqueeze(1) + turned_BNTH * sin_BTH.unsqueeze(1)
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated against each other.
+
+    Both halves of the cosines are the same, and of the sines.
+    """
+    out_BNTH: Tensor = _Rotate.apply(x_BNTH, cos_BTH, sin_BTH)
+    return out_BNTH
+
+
+class _Rotate(torch.autograd.Function):
+    """In place on halves: a turned copy of `x` would cost more passes over memory than the products, both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_BTH, sin_BTH)
+        return _Rotate._turned(x_BNTH, cos_BTH, sin_BTH, 1)
+
+    @staticmethod
+    def backward(ctx: Any, d_out_BNTH: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _Rotate._turned(d_out_BNTH, *ctx.saved_tensors, -1), None, None
+
+    @staticmethod
+    def _turned(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor, direction: int) -> Tensor:
+        first, second = x_BNTH.chunk(2, dim=-1)
+        half_sin = sin_BTH.chunk(2, dim=-1)[0].unsqueeze(1)
+        out_BNTH = x_BNTH * cos_BTH.unsqueeze(1)
+        first_out, second_out = out_BNTH.chunk(2, dim=-1)
+        first_out.addcmul_(second, half_sin, value=-direction)
+        second_out.addcmul_(first, half_sin, value=direction)
+        return out_BNTH
 
 
 class ZephyraFusionRotary(nn.Module):

@@ -93,6 +93,8 @@ class FitSettings:
     adapters: AdapterSettings
     seed: int
     checkpoint_every_steps: int
+    title: str = "adapters"
+    """What people are told that is going on."""
 
 
 def fit_adapters(
@@ -144,7 +146,7 @@ def _fit(one_pass: OnePass, learners: Sequence[_Learner], settings: FitSettings,
             learner.load_tensors(tensors)
         run.say(f"resuming the adapters at step {first}")
     num_steps = max(settings.adapters.of(learner.domain).num_steps for learner in learners)
-    run.start(f"2/4 {len(learners)} adapters", num_steps)
+    run.start(settings.title, num_steps)
     tokens, since = 0, time.perf_counter()
     with one_pass.open():
         for step in range(first, num_steps):

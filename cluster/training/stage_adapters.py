@@ -28,7 +28,8 @@ def train_adapters(settings: StageSettings, run: Run) -> None:
         domain: encode(base.tokenizer, data.rows("train", domain, recipe.train_rows_per_domain), options.max_tokens)
         for domain in data.domains
     }
-    fitted = fit_adapters(base, examples, FitSettings(options, recipe.seed, recipe.checkpoint_every_steps), run)
+    how = FitSettings(options, recipe.seed, recipe.checkpoint_every_steps, f"2/4 {len(examples)} adapters")
+    fitted = fit_adapters(base, examples, how, run)
     published = {
         domain: publish_adapter(settings.root, domain, one.weights, base.name, settings)
         for domain, one in fitted.items()
