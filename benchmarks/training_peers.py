@@ -85,7 +85,7 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 def _loss(outputs: Any, labels_BT: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-    """Mean over the labels of a step, which are shifted already."""
+    """Mean over the labels of a step, which are shifted already; the Trainer does not count the first of a row."""
     logits_BTV = outputs.logits
     summed = nn.functional.cross_entropy(
         logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"

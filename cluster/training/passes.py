@@ -6,6 +6,7 @@ Letters: T tokens, M labelled tokens, D hidden size, V vocabulary.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,8 @@ def token_losses(model: PreTrainedModel, batch: Pass, takes_lengths: bool) -> Te
     decoded = model.get_decoder()(
         input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False, **options
     )
-    logits_MV = model.get_output_embeddings()(decoded.last_hidden_state[0, batch.labelled_M])
+    hidden_MD = _Picked.apply(decoded.last_hidden_state, batch.labelled_M)[0]
+    logits_MV = model.get_output_embeddings()(hidden_MD)
     wide = torch.promote_types(logits_MV.dtype, torch.float32)
     return nn.functional.cross_entropy(logits_MV.to(wide), batch.labels_M, reduction="none")
 
@@ -155,9 +157,44 @@ class _LabelledOnly(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         assert self.batch is not None, "called through OnePass"
+        labelled_M = self.batch.labelled_M
         with self._adapters.rows(self.batch.labelled_stretches):
-            y_BMD: Tensor = self.feed_forward(x_BTD[:, self.batch.labelled_M])
-        return torch.zeros_like(x_BTD).index_copy(1, self.batch.labelled_M, y_BMD)
+            y_BMD: Tensor = self.feed_forward(_Picked.apply(x_BTD, labelled_M))
+        out_BTD: Tensor = _PutBack.apply(y_BMD, labelled_M, x_BTD.shape[1])
+        return out_BTD
+
+
+class _Picked(torch.autograd.Function):
+    """Rows of x [B, T, D] that differ from one another: their gradients need no sum, unlike those of an index."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, index_M: Tensor) -> Tensor:
+        ctx.save_for_backward(index_M)
+        ctx.num_rows = x_BTD.shape[1]
+        return x_BTD.index_select(1, index_M)
+
+    @staticmethod
+    def backward(ctx: Any, d_out_BMD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _put_back(d_out_BMD, *ctx.saved_tensors, ctx.num_rows), None
+
+
+class _PutBack(torch.autograd.Function):
+    """The other way: rows of zeros but for those."""
+
+    @staticmethod
+    def forward(ctx: Any, y_BMD: Tensor, index_M: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(index_M)
+        return _put_back(y_BMD, index_M, num_rows)
+
+    @staticmethod
+    def backward(ctx: Any, d_out_BTD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (index_M,) = ctx.saved_tensors
+        return d_out_BTD.index_select(1, index_M), None, None
+
+
+def _put_back(rows_BMD: Tensor, index_M: Tensor, num_rows: int) -> Tensor:
+    out_BTD = rows_BMD.new_zeros(rows_BMD.shape[0], num_rows, rows_BMD.shape[2])
+    return out_BTD.index_copy_(1, index_M, rows_BMD)
 
 
 def summed_by_domain(values_M: Tensor, batch: Pass) -> dict[str, Tensor]:
