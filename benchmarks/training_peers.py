@@ -58,7 +58,7 @@ def train_with_trainer(model: PreTrainedModel, plan: Plan, passes_per_step: int,
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=_passes(plan, passes_per_step),  # type: ignore[arg-type]  # a list is a data set to torch
+        train_dataset=_passes(plan, passes_per_step),
         data_collator=lambda items: items[0],
         optimizers=(optimizer, schedule),
         compute_loss_func=_loss,
@@ -99,7 +99,8 @@ def train_with_peft(
     """One adapter that begins as `start`, by PEFT under the Trainer, and the seconds. `model` stays as it was."""
     some = next(iter(start.factors.values()))
     targets = sorted({name.rpartition(".")[2] for name in start.factors})
-    config = LoraConfig(r=some.rank, lora_alpha=some.scale * some.rank, target_modules=targets, task_type="CAUSAL_LM")
+    alpha = round(some.scale * some.rank)
+    config = LoraConfig(r=some.rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     peft_model: Any = get_peft_model(model, config)
     layers: Mapping[str, Any] = {name: peft_model.get_submodule(f"base_model.model.{name}") for name in start.factors}
     with torch.no_grad():

@@ -28,7 +28,7 @@ def can_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: Sequence[int], scaling: float) -> Tensor:
     """Causal attention within each of the documents, whose lengths sum to T; shape [T, N, H]."""
-    out_TNH: Tensor = _Attend.apply(q_TNH, k_TKH, v_TKH, lengths, scaling)
+    out_TNH: Tensor = _Attend.apply(q_TNH, k_TKH, v_TKH, lengths, scaling)  # type: ignore[no-untyped-call]
     return out_TNH
 
 
@@ -47,7 +47,7 @@ class _Attend(torch.autograd.Function):
         return out_TNH
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q_TNH, k_TKH, v_TKH, starts, out_TNH, log_sums_TN = ctx.saved_tensors
         d_out_TNH = d_out.contiguous()
         dq_TNH, dk_TKH, dv_TKH = torch.empty_like(q_TNH), torch.zeros_like(k_TKH), torch.zeros_like(v_TKH)
@@ -65,7 +65,7 @@ def can_normalize(x: Tensor, weight_D: Tensor) -> bool:
 
 def normalize(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """RMS normalisation over the last dimension, D, by frozen weights: no gradient reaches them."""
-    out: Tensor = _Normalize.apply(x, weight_D, epsilon)
+    out: Tensor = _Normalize.apply(x, weight_D, epsilon)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -81,7 +81,7 @@ class _Normalize(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None, None]:
         x, weight_D = ctx.saved_tensors
         d_out, dx = given.contiguous(), torch.empty_like(x)
         rows = (x.data_ptr(), weight_D.data_ptr(), d_out.data_ptr())

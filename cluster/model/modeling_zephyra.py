@@ -39,8 +39,9 @@ class _Rotate(torch.autograd.Function):
         return _Rotate._turned(x_BNTH, cos_BTH, sin_BTH, 1)
 
     @staticmethod
-    def backward(ctx: Any, d_out_BNTH: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _Rotate._turned(d_out_BNTH, *ctx.saved_tensors, -1), None, None
+    def backward(ctx: Any, d_out_BNTH: Tensor) -> tuple[Tensor, None, None]:
+        cos_BTH, sin_BTH = ctx.saved_tensors
+        return _Rotate._turned(d_out_BNTH, cos_BTH, sin_BTH, -1), None, None
 
     @staticmethod
     def _turned(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor, direction: int) -> Tensor:
@@ -118,8 +119,8 @@ class _SquaredRelu(torch.autograd.Function):
         return positive.square()
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> Tensor:  # type: ignore[override]
-        (positive,) = ctx.saved_tensors
+    def backward(ctx: Any, d_out: Tensor) -> Tensor:
+        positive: Tensor = ctx.saved_tensors[0]
         return (d_out * positive).mul_(2)
 
 

@@ -31,7 +31,8 @@ def _attend(
     """As transformers calls it: heads [1, N or K, T, H]; the answer [1, T, N, H]."""
     lengths, scaling = kwargs["document_lengths"], kwargs["scaling"]
     if kernels.can_attend(query, key, value):
-        return kernels.attend(*(x[0].transpose(0, 1) for x in (query, key, value)), lengths, scaling)[None], None
+        q_TNH, k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (query, key, value))
+        return kernels.attend(q_TNH, k_TKH, v_TKH, lengths, scaling)[None], None
     return document_attention(query[0], key[0], value[0], lengths, scaling)[None], None
 
 

@@ -77,7 +77,7 @@ class _GroupedProduct(torch.autograd.Function):
         return y_TO
 
     @staticmethod
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x_TI,) = ctx.saved_tensors
         layer: _GroupedLinear = ctx.layer
         dx_TI = dy_TO @ layer.weight if ctx.needs_input_grad[0] else None
@@ -118,7 +118,7 @@ class _GroupedLinear(nn.Module):
                 f"A layer of this base was given {len(x_TI)} rows, expected {self._rows.stretches[-1].end}, one for "
                 "each token; a base that sends tokens through different layers cannot be adapted in one pass."
             )
-        y_TO: Tensor = _GroupedProduct.apply(x_TI, self._anchor, self, stretches)
+        y_TO: Tensor = _GroupedProduct.apply(x_TI, self._anchor, self, stretches)  # type: ignore[no-untyped-call]
         return y_TO.view(*x.shape[:-1], -1)
 
 

@@ -54,7 +54,11 @@ def arrange(rows: Mapping[str, Sequence[Example]], tokens_per_pass: int, learn_p
 
 
 def _pass(group: Sequence[tuple[str, Example]], learn_prompts: bool) -> Pass:
-    ids, positions, labelled, labels, lengths = [], [], [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
+    labelled: list[int] = []
+    labels: list[int] = []
+    lengths: list[int] = []
     ends: dict[str, tuple[int, int]] = {}
     for domain, example in group:
         start, length = len(ids), len(example.ids) - 1
@@ -127,7 +131,7 @@ def token_losses(model: PreTrainedModel, batch: Pass, takes_lengths: bool) -> Te
     decoded = model.get_decoder()(
         input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False, **options
     )
-    hidden_MD = _Picked.apply(decoded.last_hidden_state, batch.labelled_M)[0]
+    hidden_MD = _picked(decoded.last_hidden_state, batch.labelled_M)[0]
     logits_MV = model.get_output_embeddings()(hidden_MD)
     wide = torch.promote_types(logits_MV.dtype, torch.float32)
     return nn.functional.cross_entropy(logits_MV.to(wide), batch.labels_M, reduction="none")
@@ -159,8 +163,8 @@ class _LabelledOnly(nn.Module):
         assert self.batch is not None, "called through OnePass"
         labelled_M = self.batch.labelled_M
         with self._adapters.rows(self.batch.labelled_stretches):
-            y_BMD: Tensor = self.feed_forward(_Picked.apply(x_BTD, labelled_M))
-        out_BTD: Tensor = _PutBack.apply(y_BMD, labelled_M, x_BTD.shape[1])
+            y_BMD: Tensor = self.feed_forward(_picked(x_BTD, labelled_M))
+        out_BTD: Tensor = _PutBack.apply(y_BMD, labelled_M, x_BTD.shape[1])  # type: ignore[no-untyped-call]
         return out_BTD
 
 
@@ -174,8 +178,9 @@ class _Picked(torch.autograd.Function):
         return x_BTD.index_select(1, index_M)
 
     @staticmethod
-    def backward(ctx: Any, d_out_BMD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _put_back(d_out_BMD, *ctx.saved_tensors, ctx.num_rows), None
+    def backward(ctx: Any, d_out_BMD: Tensor) -> tuple[Tensor, None]:
+        (index_M,) = ctx.saved_tensors
+        return _put_back(d_out_BMD, index_M, ctx.num_rows), None
 
 
 class _PutBack(torch.autograd.Function):
@@ -187,9 +192,14 @@ class _PutBack(torch.autograd.Function):
         return _put_back(y_BMD, index_M, num_rows)
 
     @staticmethod
-    def backward(ctx: Any, d_out_BTD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_out_BTD: Tensor) -> tuple[Tensor, None, None]:
         (index_M,) = ctx.saved_tensors
         return d_out_BTD.index_select(1, index_M), None, None
+
+
+def _picked(x_BTD: Tensor, index_M: Tensor) -> Tensor:
+    out_BMD: Tensor = _Picked.apply(x_BTD, index_M)  # type: ignore[no-untyped-call]
+    return out_BMD
 
 
 def _put_back(rows_BMD: Tensor, index_M: Tensor, num_rows: int) -> Tensor:
