@@ -124,6 +124,18 @@ class BaseSettings(_Settings):
     """Of matrices; of nothing else."""
 
 
+class DomainAdapterSettings(_Settings):
+    """What one domain has of its own; what is not given is as for all."""
+
+    rank: int | None = Field(default=None, ge=1, le=1024)
+    alpha: float | None = Field(default=None, gt=0)
+    targets: tuple[str, ...] | None = None
+    num_steps: int | None = Field(default=None, ge=1)
+    tokens_per_batch: int | None = Field(default=None, ge=64)
+    learning_rate: float | None = Field(default=None, gt=0, le=1)
+    learned_loss: float | None = Field(default=None, ge=0)
+
+
 class AdapterSettings(_Settings):
     """Stage 2: one LoRA adapter per domain, the base frozen."""
 
@@ -131,16 +143,27 @@ class AdapterSettings(_Settings):
     """Columns of one adapter per layer."""
     alpha: float = Field(default=32.0, gt=0)
     """The delta is alpha / rank times B A."""
+    targets: tuple[str, ...] = ()
+    """Layers that an adapter changes, by the last part of their names, such as q_proj; empty for all."""
     num_steps: int = Field(default=180, ge=1)
     """Optimizer steps of each domain."""
     tokens_per_batch: int = Field(default=512, ge=64)
-    """Tokens of one step of one domain, padding included."""
+    """At most so many tokens of one domain in one step."""
+    tokens_per_pass: int = Field(default=2048, ge=64)
+    """At most so many tokens of all domains go through the base at once. Changes speed and memory, and no result."""
     max_tokens: int = Field(default=256, ge=16)
     """Longer rows are cut."""
     learning_rate: float = Field(default=4e-3, gt=0, le=1)
     """Peak rate of AdamW."""
     learned_loss: float = Field(default=0.005, ge=0)
     """A domain whose mean loss over eight steps lies below this is learned and takes no further steps."""
+    domains: dict[str, DomainAdapterSettings] = {}
+    """Domains that have something of their own."""
+
+    def of(self, domain: str) -> Self:
+        """The settings of one domain."""
+        own = self.domains.get(domain, DomainAdapterSettings()).model_dump(exclude_none=True)
+        return self.model_copy(update={**own, "domains": {}})
 
 
 class JointSettings(_Settings):

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "lora": {"errors", "messages", "config", "kernels"},
     "router": {"errors", "messages", "config", "kernels", "model", "lora"},
     "engine": {"errors", "messages", "config", "model", "kernels", "lora"},
-    "training": {"errors", "messages", "config", "model", "lora", "router", "engine"},
+    "training": {"errors", "messages", "config", "model", "kernels", "lora", "router", "engine"},
 }
 """The rooms of `cluster`, from below to above, and what each may know of."""
 

@@ -145,6 +145,12 @@ class Prototypes(ctypes.Structure):
     _fields_ = (("rows", c_void_p), ("starts", c_void_p), ("groups", c_int64), ("width", c_int64))
 
 
+class AttentionShape(ctypes.Structure):
+    """Heads in training."""
+
+    _fields_ = (("queries", c_int64), ("keys", c_int64), ("size", c_int64), ("scaling", c_float))
+
+
 @cache
 def native_library(architecture: str = "native") -> ctypes.CDLL | None:
     """The kernels, built if need be; None where there is no compiler, or none that can: then torch does the work.
@@ -169,7 +175,15 @@ def native_library(architecture: str = "native") -> ctypes.CDLL | None:
     library.zephyra_product.argtypes = (c_void_p, c_int64, ctypes.POINTER(Matrix), c_void_p, c_int, c_int64, c_int)
     library.zephyra_log_means.argtypes = (c_void_p, c_int64, ctypes.POINTER(Prototypes), c_float, c_void_p)
     library.zephyra_prefer_large_pages.argtypes = (c_void_p, c_size_t)
-    for name in ("run", "pack", "rows", "product", "log_means", "prefer_large_pages"):
+    shape = ctypes.POINTER(AttentionShape)
+    library.zephyra_attend.argtypes = (shape, *[c_void_p] * 4, c_int64, *[c_void_p] * 2, c_int)
+    library.zephyra_attend_back.argtypes = (shape, *[c_void_p] * 4, c_int64, *[c_void_p] * 6, c_int)
+    library.zephyra_normalize.argtypes = (*[c_void_p] * 2, c_int64, c_int64, c_float, c_void_p, c_int)
+    library.zephyra_normalize_back.argtypes = (*[c_void_p] * 3, c_int64, c_int64, c_float, c_void_p, c_int)
+    for name in (
+        *("run", "pack", "rows", "product", "log_means", "prefer_large_pages"),
+        *("attend", "attend_back", "normalize", "normalize_back"),
+    ):
         getattr(library, f"zephyra_{name}").restype = None
     library.zephyra_is_paired.argtypes = (c_int,)
     library.zephyra_is_paired.restype = c_int

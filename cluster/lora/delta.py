@@ -44,8 +44,3 @@ def dense_delta(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[floa
         (weight * (b_OR.double() @ a_RI.double()) for (a_RI, b_OR), weight in zip(factors, weights, strict=True)),
         start=torch.zeros((), dtype=torch.float64),
     )
-
-
-def grouped_delta(x_NTI: Tensor, a_NRI: Tensor, b_NOR: Tensor) -> Tensor:
-    """Each group of rows through its own adapter, shape [N, T, O]: for training all domains in one pass."""
-    return torch.bmm(torch.bmm(x_NTI, a_NRI.mT), b_NOR.mT)

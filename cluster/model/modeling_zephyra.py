@@ -22,10 +22,36 @@ from cluster.model.configuration_zephyra import ZephyraFusionConfig
 
 
 def rotate(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated against each other."""
-    first, second = x_BNTH.chunk(2, dim=-1)
-    turned_BNTH = torch.cat((-second, first), dim=-1)
-    return x_BNTH * cos_BTH.unsqueeze(1) + turned_BNTH * sin_BTH.unsqueeze(1)
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated against each other.
+
+    Both halves of the cosines are the same, and of the sines.
+    """
+    out_BNTH: Tensor = _Rotate.apply(x_BNTH, cos_BTH, sin_BTH)
+    return out_BNTH
+
+
+class _Rotate(torch.autograd.Function):
+    """In place on halves: a turned copy of `x` would cost more passes over memory than the products, both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_BTH, sin_BTH)
+        return _Rotate._turned(x_BNTH, cos_BTH, sin_BTH, 1)
+
+    @staticmethod
+    def backward(ctx: Any, d_out_BNTH: Tensor) -> tuple[Tensor, None, None]:
+        cos_BTH, sin_BTH = ctx.saved_tensors
+        return _Rotate._turned(d_out_BNTH, cos_BTH, sin_BTH, -1), None, None
+
+    @staticmethod
+    def _turned(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor, direction: int) -> Tensor:
+        first, second = x_BNTH.chunk(2, dim=-1)
+        half_sin = sin_BTH.chunk(2, dim=-1)[0].unsqueeze(1)
+        out_BNTH = x_BNTH * cos_BTH.unsqueeze(1)
+        first_out, second_out = out_BNTH.chunk(2, dim=-1)
+        first_out.addcmul_(second, half_sin, value=-direction)
+        second_out.addcmul_(first, half_sin, value=direction)
+        return out_BNTH
 
 
 class ZephyraFusionRotary(nn.Module):
@@ -83,6 +109,21 @@ class ZephyraFusionAttention(nn.Module):
         return out_BTD
 
 
+class _SquaredRelu(torch.autograd.Function):
+    """`x.relu().square()` with half the passes over memory on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> Tensor:
+        positive: Tensor = ctx.saved_tensors[0]
+        return (d_out * positive).mul_(2)
+
+
 class ZephyraFusionFeedForward(nn.Module):
     """`relu2`: two layers with a squared ReLU between; `swiglu`: a gated unit of three."""
 
@@ -96,7 +137,7 @@ class ZephyraFusionFeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up_proj(x_BTD)
-        hidden_BTF = nn.functional.silu(self.gate_proj(x_BTD)) * up_BTF if self.gated else up_BTF.relu().square()
+        hidden_BTF = nn.functional.silu(self.gate_proj(x_BTD)) * up_BTF if self.gated else _SquaredRelu.apply(up_BTF)
         out_BTD: Tensor = self.down_proj(hidden_BTF)
         return out_BTD
 

@@ -215,13 +215,16 @@ class BatchPlan:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step; steps are asked for in ascending order (any step may be the first)."""
+        return collate(self.rows(step), self._pad_id, self._learn_prompts)
+
+    def rows(self, step: int) -> list[list[Example]]:
+        """The same as examples: those of each row."""
         assert step >= self._first_step, "steps are asked for in ascending order"
         while step >= self._first_step + len(self._batches):
             self._first_step += len(self._batches)
             self._epoch += 1
             self._batches = self._plan_epoch(self._epoch)
-        rows = self._batches[step - self._first_step]
-        return collate([[self._examples[i] for i in row] for row in rows], self._pad_id, self._learn_prompts)
+        return [[self._examples[i] for i in row] for row in self._batches[step - self._first_step]]
 
     def _plan_epoch(self, epoch: int) -> list[list[list[int]]]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)

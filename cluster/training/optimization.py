@@ -22,10 +22,17 @@ class Optimizer:
     """AdamW over named parameters, with gradients clipped to a norm of 1."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], learning_rate: float, num_steps: int, weight_decay: float = 0.0
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        learning_rate: float,
+        num_steps: int,
+        weight_decay: float = 0.0,
+        keep_gradients: bool = False,
     ) -> None:
+        """With `keep_gradients` a step sets them to zero instead of taking them away: others hold views of them."""
         self._parameters = dict(parameters)
         self._learning_rate, self._num_steps = learning_rate, num_steps
+        self._keep_gradients = keep_gradients
         matrices = [p for p in self._parameters.values() if p.dim() >= 2]
         others = [p for p in self._parameters.values() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -40,7 +47,7 @@ class Optimizer:
             group["lr"] = rate
         nn.utils.clip_grad_norm_(self._parameters.values(), 1.0, foreach=True)
         self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        self._adamw.zero_grad(set_to_none=not self._keep_gradients)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Parameters and moments by name: all that a resumed run needs beside the number of the step."""

@@ -5,13 +5,14 @@ A new base withdraws the adapters and the router of the one before, since they m
 
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cluster.config import StageSettings
+from cluster.config import BaseSettings, StageSettings
 from cluster.errors import InvalidData, InvalidInput
 from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version
@@ -20,10 +21,12 @@ from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
 from cluster.model.base import fingerprint
 from cluster.model.configuration_zephyra import SIZES
 from cluster.model.tokenizer import train_tokenizer
-from cluster.training.data import BASE_DOMAIN, BatchPlan, DataSet, Row, encode, read_data
+from cluster.training.data import BASE_DOMAIN, BatchPlan, DataSet, Example, Row, encode, read_data
+from cluster.training.documents import documents
 from cluster.training.given_base import take_over_base
-from cluster.training.language_model import batch_loss, batches_by_length, summed_loss
+from cluster.training.language_model import batches_by_length, summed_loss
 from cluster.training.optimization import Optimizer, load_checkpoint, save_checkpoint
+from cluster.training.passes import arrange, token_losses
 from cluster.training.provenance import write_provenance
 from cluster.training.run import Run
 
@@ -52,7 +55,7 @@ def train_base(settings: StageSettings, run: Run) -> None:
     config.pad_token_id = tokenizer.pad_token_id
     model: PreTrainedModel = ZephyraFusionForCausalLM(config)
     run.say(f"Zephyra Fusion '{base.size}': {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
-    _fit(model, tokenizer, rows, settings, run)
+    fit_base(model, encode(tokenizer, rows, base.max_tokens), base, recipe.seed, recipe.checkpoint_every_steps, run)
     model.eval()
     version = write_version(settings.root / "base", lambda folder: _save(model, tokenizer, folder, settings))
     catalog = Catalog(settings.root)
@@ -84,32 +87,33 @@ def _texts(data: DataSet, settings: StageSettings) -> list[str]:
     return texts
 
 
-def _fit(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], settings: StageSettings, run: Run
+def fit_base(
+    model: PreTrainedModel, examples: Sequence[Example], settings: BaseSettings, seed: int, every: int, run: Run
 ) -> None:
-    recipe, base = settings.recipe, settings.recipe.base
-    examples = encode(tokenizer, rows, base.max_tokens)
-    plan = BatchPlan(examples, base.tokens_per_batch, tokenizer.pad_token_id, learn_prompts=True, seed=recipe.seed)
-    optimizer = Optimizer(dict(model.named_parameters()), base.learning_rate, base.num_steps, base.weight_decay)
+    """Train all weights of `model` on prompts and responses; a checkpoint after `every` so many steps."""
+    plan = BatchPlan(examples, settings.tokens_per_batch, pad_id=0, learn_prompts=True, seed=seed)
+    parameters = dict(model.named_parameters())
+    optimizer = Optimizer(parameters, settings.learning_rate, settings.num_steps, settings.weight_decay)
     first = 0
     if (checkpoint := run.restore()) is not None:
         first, tensors = load_checkpoint(checkpoint)
         optimizer.load_tensors(tensors)
         run.say(f"resuming the base at step {first}")
     model.train()
-    run.start("1/4 base", base.num_steps)
+    run.start("1/4 base", settings.num_steps)
     loss, tokens, since = math.nan, 0, time.perf_counter()
-    for step in range(first, base.num_steps):
-        batch = plan.batch(step)
-        value = batch_loss(model, batch)
-        value.backward()
-        optimizer.step(step)
-        tokens += batch.ids_BT.numel()
-        loss = float(value.detach()) if math.isnan(loss) else 0.95 * loss + 0.05 * float(value.detach())
-        run.report(step + 1, {"loss": loss, "tokens/s": tokens / (time.perf_counter() - since)})
-        if (step + 1) % recipe.checkpoint_every_steps == 0:
-            done, state = step + 1, optimizer.tensors()
-            run.checkpoint(partial(save_checkpoint, step=done, tensors=state))
+    with documents(model) as takes_lengths:
+        for step in range(first, settings.num_steps):
+            rows = [example for row in plan.rows(step) for example in row]
+            (batch,) = arrange({BASE_DOMAIN: rows}, sum(len(row.ids) for row in rows), learn_prompts=True)
+            value = token_losses(model, batch, takes_lengths).mean()
+            value.backward()
+            optimizer.step(step)
+            tokens += len(batch.ids_T)
+            loss = float(value.detach()) if math.isnan(loss) else 0.95 * loss + 0.05 * float(value.detach())
+            run.report(step + 1, {"loss": loss, "tokens/s": tokens / (time.perf_counter() - since)})
+            if (step + 1) % every == 0:
+                run.checkpoint(partial(save_checkpoint, step=step + 1, tensors=optimizer.tensors()))
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, settings: StageSettings) -> None:

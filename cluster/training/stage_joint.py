@@ -105,16 +105,13 @@ def _publish(catalog: Catalog, trained: CatalogState, change: Change) -> None:
 
 
 def _load(settings: StageSettings, state: CatalogState) -> _System:
-    options = settings.recipe.adapters
     base = published_base(settings.root, state)
     require_adapters(settings.root, state)
     router = trained_router(settings.root, state)
     for withdrawn in set(router.domains) - set(state.adapters):
         router = router.without_domain(withdrawn)
-    adapters = TrainableAdapters(base.model, router.domains, options.rank, options.alpha, settings.recipe.seed)
-    for domain in router.domains:
-        adapters.load(domain, published_adapter(settings.root, state.ref(domain)))
-    return _System(base, adapters, router)
+    published = {domain: published_adapter(settings.root, state.ref(domain)) for domain in router.domains}
+    return _System(base, TrainableAdapters(base.model, published), router)
 
 
 def _losses(system: _System, data: DataSet, settings: StageSettings) -> dict[str, float]:

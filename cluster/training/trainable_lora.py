@@ -1,12 +1,10 @@
-"""Adapters in training: the factors of many domains over one frozen base, on every linear layer.
+"""Adapters in training through soft mixtures: each sequence of a batch goes through its own mixture of all domains.
 
-The forward pass is the one that serving uses, with gradients. Either all rows of a batch go through one domain's
-adapter, or each row through its own soft mixture of all. Letters: B sequences, N domains, T rows, I and O widths,
-R rank, C columns.
+The forward pass is the one that serving uses, with gradients, which reach the weights of the mixtures too. Letters:
+B sequences, N domains, T rows, I and O widths, R rank, C columns.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,52 +15,53 @@ from cluster.lora.weights import AdapterWeights, Factors, LinearLayer, adaptable
 
 
 class _LoraLinear(nn.Module):
-    """A frozen layer and the factors of all domains for it."""
+    """A frozen layer and the factors of the domains that change it, by their numbers."""
 
-    def __init__(self, base: LinearLayer, num_domains: int, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, base: LinearLayer, factors: Mapping[int, Factors]) -> None:
         super().__init__()
         self.base = base
-        # As PEFT initialises: A uniform within 1/sqrt(d_in), B zero, so that training starts from the plain base.
-        bound = 1 / math.sqrt(base.in_features)
-        self.a = nn.ParameterList(
-            torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator) for _ in range(num_domains)
-        )
-        self.b = nn.ParameterList(torch.zeros(base.out_features, rank) for _ in range(num_domains))
+        self.places = {domain: place for place, domain in enumerate(factors)}
+        """Where a domain's factors stand in `a`, `b` and `scales`."""
+        self.a = nn.ParameterList(f.a_RI.clone() for f in factors.values())
+        self.b = nn.ParameterList(f.b_OR.clone() for f in factors.values())
+        self.scales = [f.scale for f in factors.values()]
+        ranks = torch.tensor([f.rank for f in factors.values()], dtype=torch.int64)
+        self._owner_C = torch.tensor(list(factors), dtype=torch.int64).repeat_interleave(ranks)
+        self._scale_C = torch.tensor(self.scales).repeat_interleave(ranks)
         self.domain: int | None = None
-        self.scale = 1.0
-        self.mask_TC: Tensor | None = None
+        self.weights_TN: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        if self.domain is not None:
-            delta: Tensor = x @ self.a[self.domain].T @ self.b[self.domain].T
-            return y + delta * self.scale
-        if self.mask_TC is not None:
+        if self.domain in self.places:
+            place = self.places[self.domain]
+            delta: Tensor = x @ self.a[place].T @ self.b[place].T
+            return y + delta * self.scales[place]
+        if self.weights_TN is not None and self.places:
             a_CI, b_CO = torch.cat(list(self.a)), torch.cat([b.T for b in self.b])
-            return y + mixed_delta(x.reshape(-1, x.shape[-1]), a_CI, b_CO, self.mask_TC).view(y.shape)
+            mask_TC = mask_columns(self.weights_TN, self._owner_C, self._scale_C)
+            return y + mixed_delta(x.reshape(-1, x.shape[-1]), a_CI, b_CO, mask_TC).view(y.shape)
         return y
 
 
 class TrainableAdapters:
     """One adapter per domain, attached to `model` in place. Only the factors are trained."""
 
-    def __init__(self, model: PreTrainedModel, domains: Sequence[str], rank: int, alpha: float, seed: int) -> None:
-        self.domains = tuple(domains)
-        self._rank, self._scale = rank, alpha / rank
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, model: PreTrainedModel, adapters: Mapping[str, AdapterWeights]) -> None:
+        self.domains = tuple(adapters)
         self._layers: dict[str, _LoraLinear] = {}
         for name, linear in adaptable_layers(model).items():
-            self._layers[name] = _LoraLinear(linear, len(self.domains), rank, generator)
-            self._layers[name].scale = self._scale
+            every = enumerate(adapters.values())
+            chosen = {index: weights.factors[name] for index, weights in every if name in weights.factors}
+            self._layers[name] = _LoraLinear(linear, chosen)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, self._layers[name])
 
     def parameters(self, domain: str) -> dict[str, nn.Parameter]:
         """The factors of one domain, by name."""
-        index = self.domains.index(domain)
         return {
-            f"{name}.{side}": factors[index]
-            for name, layer in self._layers.items()
+            f"{name}.{side}": factors[place]
+            for name, layer, place in self._of(domain)
             for side, factors in (("a", layer.a), ("b", layer.b))
         }
 
@@ -70,32 +69,25 @@ class TrainableAdapters:
         """Send all rows of the next batches through this domain's adapter; None for the plain base."""
         for layer in self._layers.values():
             layer.domain = None if domain is None else self.domains.index(domain)
-            layer.mask_TC = None
+            layer.weights_TN = None
 
     def mix(self, weights_BN: Tensor, tokens_per_row: int) -> None:
         """Send each of the B sequences of the next batch through its own mixture of all domains, differentiably."""
-        owner_C = torch.arange(len(self.domains)).repeat_interleave(self._rank)
-        scale_C = torch.full((len(owner_C),), self._scale)
-        mask_TC = mask_columns(weights_BN.repeat_interleave(tokens_per_row, dim=0), owner_C, scale_C)
+        weights_TN = weights_BN.repeat_interleave(tokens_per_row, dim=0)
         for layer in self._layers.values():
-            layer.domain, layer.mask_TC = None, mask_TC
+            layer.domain, layer.weights_TN = None, weights_TN
 
     def weights(self, domain: str, base_fingerprint: str) -> AdapterWeights:
         """A copy of one domain's adapter, ready to be published."""
-        index = self.domains.index(domain)
         return AdapterWeights(
             {
-                name: Factors(layer.a[index].detach().clone(), layer.b[index].detach().clone(), self._scale)
-                for name, layer in self._layers.items()
+                name: Factors(layer.a[place].detach().clone(), layer.b[place].detach().clone(), layer.scales[place])
+                for name, layer, place in self._of(domain)
             },
             base_fingerprint,
         )
 
-    @torch.no_grad()
-    def load(self, domain: str, weights: AdapterWeights) -> None:
-        """Start a domain from a published adapter of the same rank."""
+    def _of(self, domain: str) -> list[tuple[str, _LoraLinear, int]]:
+        """The layers that a domain changes, and where its factors stand there."""
         index = self.domains.index(domain)
-        for name, layer in self._layers.items():
-            factors = weights.factors[name]
-            layer.a[index].copy_(factors.a_RI)
-            layer.b[index].copy_(factors.b_OR * (factors.scale / self._scale))
+        return [(name, layer, layer.places[index]) for name, layer in self._layers.items() if index in layer.places]

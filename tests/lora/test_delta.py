@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.lora.delta import dense_delta, grouped_delta, mask_columns, mixed_delta
+from cluster.lora.delta import dense_delta, mask_columns, mixed_delta
 
 WIDTH_IN, WIDTH_OUT = 12, 9
 
@@ -67,13 +67,3 @@ def test_the_bottleneck_is_fp32_whatever_the_dtype_of_x() -> None:
     x_TI = torch.full((1, 1), 256.0, dtype=torch.bfloat16)
     a_CI, b_CO = torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 1)
     assert float(mixed_delta(x_TI, a_CI, b_CO, torch.tensor([[1 + 1 / 256]]))) == 257.0
-
-
-def test_grouped_delta_is_each_group_through_its_own_adapter() -> None:
-    generator = torch.Generator().manual_seed(3)
-    x_NTI = torch.randn(3, 5, WIDTH_IN, generator=generator)
-    a_NRI, b_NOR = torch.randn(3, 2, WIDTH_IN, generator=generator), torch.randn(3, WIDTH_OUT, 2, generator=generator)
-    got_NTO = grouped_delta(x_NTI, a_NRI, b_NOR)
-    for group in range(3):
-        expected_TO = x_NTI[group].double() @ dense_delta([(a_NRI[group], b_NOR[group])], [1.0]).T
-        torch.testing.assert_close(got_NTO[group].double(), expected_TO, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,6 @@
 """The stages as a whole, on the starter's data and a recipe of a few steps: order, publishing, resuming."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from cluster.router.tiny_ada import TinyAda
 from cluster.training import STAGES
 from cluster.training.starter.generate import generate_starter
 from tests.router.small_bert import write_small_bert
+from tests.training.runs import FolderRun, Stopped
 
 RECIPE = Recipe(
     base=BaseSettings(size="nano", num_steps=6, tokens_per_batch=256),
@@ -31,37 +32,6 @@ RECIPE = Recipe(
     val_rows_per_domain=4,
     checkpoint_every_steps=2,
 )
-
-
-class Stopped(Exception):
-    """What a test raises where a process would be killed."""
-
-
-class FolderRun:
-    """A run that keeps what it is told, and can be stopped right after a checkpoint."""
-
-    def __init__(self, folder: Path, stop_after: int | None = None) -> None:
-        self._folder, self._stop_after = folder, stop_after
-        self.said: list[str] = []
-        self.steps: list[int] = []
-
-    def start(self, title: str, num_steps: int) -> None:
-        pass
-
-    def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.steps.append(step)
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def checkpoint(self, save: Callable[[Path], None]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        save(self._folder)
-        if self.steps[-1] == self._stop_after:
-            raise Stopped
-
-    def restore(self) -> Path | None:
-        return self._folder if self._folder.is_dir() else None
 
 
 @pytest.fixture(scope="module")

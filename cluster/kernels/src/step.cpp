@@ -10,6 +10,7 @@
 #include "mixture.h"
 #include "product.h"
 #include "prototypes.h"
+#include "training.h"
 
 namespace {
 
