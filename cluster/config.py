@@ -1,20 +1,14 @@
-"""Every setting, with its default and unit: the only place that reads the environment.
+"""Every setting, with its default and unit.
 
 Pydantic models with unknown keys refused, frozen, composed and never inherited from one another.
 """
 
 import hashlib
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
-from cluster.errors import InvalidInput
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 """The folder that holds `cluster/`: relative paths in settings are taken from here, in whatever process."""
@@ -338,17 +332,6 @@ class AppSettings(_Settings):
         return None if self.keys_file is None else absolute(self.keys_file)
 
 
-@dataclass(frozen=True, slots=True)
-class GrpcTls:
-    """A port on which gRPC is served over TLS, beside the plain one."""
-
-    cert: Path
-    key: Path
-    """PEM files."""
-    address: str
-    """host:port; by default port 9443 of all interfaces."""
-
-
 def is_hub_id(text: str) -> bool:
     """Whether `text` reads as an id on the Hugging Face hub, `org/name`, and not as a place below artifacts/."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and Path(text).parts[0] != _ARTIFACTS
@@ -362,52 +345,3 @@ def absolute(path: str | Path) -> Path:
 def root_from(text: str) -> Root:
     """The root that a user wrote: a URI as it is, a path taken from the checkout when it is relative."""
     return text if "://" in text else absolute(text)
-
-
-def ray_address() -> str | None:
-    """Where `ray job submit` said the cluster is; None outside a job."""
-    return os.environ.get("RAY_ADDRESS")
-
-
-_TLS_CERT, _TLS_KEY, _TLS_ADDRESS = "ZEPHYRA_TLS_CERT", "ZEPHYRA_TLS_KEY", "ZEPHYRA_GRPC_TLS_ADDRESS"
-
-
-def grpc_tls() -> GrpcTls | None:
-    """What Ray was started with: its proxy reads no settings of ours. Raises `InvalidInput` for one file of the two."""
-    cert, key = (os.environ.get(name) or None for name in (_TLS_CERT, _TLS_KEY))
-    if cert is None and key is None:
-        return None
-    if cert is None or key is None:
-        given, missing = (_TLS_CERT, _TLS_KEY) if key is None else (_TLS_KEY, _TLS_CERT)
-        raise InvalidInput(f"{given} is set and {missing} is not; set both, or neither to have no TLS.")
-    return GrpcTls(absolute(cert), absolute(key), os.environ.get(_TLS_ADDRESS) or "[::]:9443")
-
-
-@contextmanager
-def told_of_tls(tls: GrpcTls | None) -> Iterator[None]:
-    """Let processes that are started meanwhile find `tls`; without one, what they would find anyway."""
-    before = dict(os.environ)
-    if tls is not None:
-        os.environ.update({_TLS_CERT: str(tls.cert), _TLS_KEY: str(tls.key), _TLS_ADDRESS: tls.address})
-    try:
-        yield
-    finally:
-        for name in (_TLS_CERT, _TLS_KEY, _TLS_ADDRESS):
-            os.environ.pop(name, None)
-            if name in before:
-                os.environ[name] = before[name]
-
-
-def cache_folder() -> Path:
-    """Where what was built for this machine is kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zephyra"
-
-
-def set_environment(name: str, value: str) -> None:
-    """Let this process and those it starts have `name` as `value`, unless it is set already."""
-    os.environ.setdefault(name, value)
-
-
-def put_first_on_path(folder: Path) -> None:
-    """Let this process and those it starts look for programs in `folder` first."""
-    os.environ["PATH"] = os.pathsep.join((str(folder), os.environ.get("PATH", "")))

@@ -15,7 +15,8 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from cluster.config import AppSettings, GrpcTls, put_first_on_path, set_environment, told_of_tls
+from cluster.config import AppSettings
+from cluster.environment import GrpcTls, put_first_on_path, set_environment, told_of_tls
 from cluster.errors import InvalidInput, PortTaken
 from deployments.api.grpc_service import check_certificate
 from deployments.api.keys import read_keys

@@ -20,7 +20,8 @@ import ray.train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from cluster.config import StageSettings, ray_address
+from cluster.config import StageSettings
+from cluster.environment import ray_address
 from cluster.errors import InvalidInput, ZephyraError
 from cluster.training import STAGES
 from cluster.training.pipeline import run_all

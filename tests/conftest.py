@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import AppSettings, GrpcTls, told_of_tls
+from cluster.config import AppSettings
+from cluster.environment import GrpcTls, told_of_tls
 from tests.nano import build_root
 
 # Before anything imports Ray: local clusters ask for a token otherwise, and report their use.

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cluster.config import cache_folder
+from cluster.environment import cache_folder
 
 logger = logging.getLogger(__name__)
 

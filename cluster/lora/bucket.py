@@ -18,7 +18,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import ObjectStore, from_url
 
-from cluster.config import cache_folder
+from cluster.environment import cache_folder
 from cluster.errors import CorruptArtifact, StorageUnavailable
 from cluster.lora.checksums import (
     CHECKSUMS,

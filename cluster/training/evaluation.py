@@ -146,7 +146,7 @@ class _Judge:
     """Losses and answers of a base under given mixtures."""
 
     def __init__(self, base: Base, settings: EvaluationSettings) -> None:
-        self._settings = settings
+        self._settings, self._tokenizer = settings, base.tokenizer
         # The engine takes its model over, so losses have one of their own.
         self._losses = MixtureLosses(base, settings.max_tokens)
         self.adapters = self._losses.adapters
@@ -192,7 +192,7 @@ class _Judge:
         """Share of rows that the engine answers word for word."""
         for ref in {ref for mixture in mixtures for ref in mixture.refs} - set(self._engine.stats().resident_adapters):
             self._engine.add_adapter(ref, self.adapters[ref])
-        asked = as_question(self._base.tokenizer)
+        asked = as_question(self._tokenizer)
         for number, (row, mixture) in enumerate(zip(rows, mixtures, strict=True)):
             request = GenerateRequest(
                 str(number), asked(row.prompt), mixture, SamplingParams(max_tokens=_CHECKABLE_CHARACTERS)

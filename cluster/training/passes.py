@@ -128,11 +128,17 @@ class OnePass:
 def token_losses(model: PreTrainedModel, batch: Pass, takes_lengths: bool) -> Tensor:
     """Loss in nats of each labelled token, [M]; `takes_lengths` is what `documents(model)` said."""
     options = {"document_lengths": batch.lengths} if takes_lengths else {}
-    decoded = model.get_decoder()(
-        input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False, **options
-    )
-    hidden_MD = _picked(decoded.last_hidden_state, batch.labelled_M)[0]
-    logits_MV = model.get_output_embeddings()(hidden_MD)
+
+    def keep_labelled(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        return (_picked(given[0], batch.labelled_M),)
+
+    # On the head's way in, so that whatever the model does to its logits afterwards is done, such as scaling them.
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep_labelled)
+    try:
+        inputs = {"input_ids": batch.ids_T[None], "position_ids": batch.positions_T[None]}
+        logits_MV = model(**inputs, use_cache=False, **options).logits[0]
+    finally:
+        hook.remove()
     wide = torch.promote_types(logits_MV.dtype, torch.float32)
     return nn.functional.cross_entropy(logits_MV.to(wide), batch.labels_M, reduction="none")
 

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from ray.serve._private.grpc_util import gRPCGenericServer
 
-from cluster.config import grpc_tls
+from cluster.environment import grpc_tls
 from cluster.errors import InvalidInput
 from deployments.protos import zephyra_pb2_grpc
 

@@ -83,9 +83,8 @@ def test_all_stages_on_a_base_that_is_there_already(architecture: str, tmp_path:
     for adapter in weights.values():
         adapter.check_fits(adaptable_layers(base.model), base.fingerprint)
         assert adapter.factors.keys() == adaptable_layers(base.model).keys()
-    adapters = TrainableAdapters(base.model, tuple(weights), 4, 1.0, seed=0)
-    for domain, adapter in weights.items():
-        adapters.load(domain, adapter)
+    adapters = TrainableAdapters(base.model, weights)
+    for domain in weights:
         examples = encode(base.tokenizer, read_data(data).rows("train", domain), 100)
         losses = []
         for chosen in (None, domain):
