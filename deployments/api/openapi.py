@@ -42,11 +42,10 @@ class ErrorBody(BaseModel):
 def error_responses(*classes: type[ZephyraError]) -> Responses:
     """The errors that an operation may answer with: these, and those of any request."""
     codes: defaultdict[int, list[str]] = defaultdict(list, {500: ["internal_error"]})
-    for cls in dict.fromkeys((errors.InvalidInput, *classes)):
+    named: tuple[type[ZephyraError], ...] = (errors.InvalidInput, *classes)
+    for cls in dict.fromkeys(named):
         codes[STATUS[cls].http].append(code_of(cls("")))
-    return {
-        status: {"model": ErrorBody, "description": ", ".join(sorted(named))} for status, named in sorted(codes.items())
-    }
+    return {status: {"model": ErrorBody, "description": ", ".join(sorted(of))} for status, of in sorted(codes.items())}
 
 
 ROUTING = error_responses(*_ANY_CALLER, *_ASKING_THE_ROUTER)

@@ -44,12 +44,10 @@ def within_reach(case: schemathesis.Case) -> None:
     messages = body.get("messages")
     if isinstance(messages, list) and messages and isinstance(messages[-1], dict) and "role" in messages[-1]:
         messages[-1]["role"] = "user"
-    if isinstance(body.get("labels"), list) and all(isinstance(label, str) for label in body["labels"]):
-        # Distinct ones and not empty, to one prompt, which chance seldom makes.
-        body["labels"] = [f"{label[:8]}{number}" for number, label in enumerate(body["labels"][:4])]
-        if isinstance(body.get("prompt"), str) and len(body["labels"]) % 2:
-            body.pop("messages", None)
-            body.pop("mixture", None)
+    if case.path == "/v1/classify" and len(str(body)) % 2:
+        # One prompt and distinct labels are seldom made by chance.
+        body.update(prompt=f"{body.get('prompt')}?", labels=["yes", "no"], mixture={})
+        body.pop("messages", None)
     for name in ("max_tokens", "max_completion_tokens"):
         if type(body.get(name)) is int and body[name] > 0:
             body[name] = MAX_TOKENS
