@@ -42,7 +42,7 @@ def processes(deployment):
     return sorted(a["name"] for a in list_named_actors(all_namespaces=True) if a["name"].startswith(prefix))
 
 
-def settled(num_shards, seconds=90):
+def settled(num_shards, seconds=240):
     """Wait until the application runs as configured, and nothing of the old is left."""
     end_s = time.monotonic() + seconds
     while True:
