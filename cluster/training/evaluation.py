@@ -150,7 +150,6 @@ class _Judge:
         # The engine takes its model over, so losses have one of their own.
         self._losses = MixtureLosses(base, settings.max_tokens)
         self.adapters = self._losses.adapters
-        self.loss = self._losses.mean
         self._engine = Engine(base, EngineSettings(max_batch_size=64, max_waiting=100_000, adapter_bytes=2**40))
 
     def domain(
@@ -168,9 +167,11 @@ class _Judge:
         plain = [Mixture()] * len(rows)
         heaviest = [chosen_domain(decision) for decision in decisions]
         few = rows[: self._settings.worst_rows]
-        losses = {ref.domain: self.loss(few, [Mixture.of({ref: 1.0})] * len(few)) for ref in (refs[domain], *others)}
+        losses = {
+            ref.domain: self._losses.mean(few, [Mixture.of({ref: 1.0})] * len(few)) for ref in (refs[domain], *others)
+        }
         worst = max(losses, key=lambda name: losses[name])
-        base, by_router, by_oracle, by_strange = (self.loss(rows, m) for m in (plain, routed, oracle, strange))
+        base, by_router, by_oracle, by_strange = (self._losses.mean(rows, m) for m in (plain, routed, oracle, strange))
         loss = Losses(base, by_router, by_oracle, losses[worst], worst, by_strange)
         exact = None
         if others and max(len(row.response) for row in rows) <= _CHECKABLE_CHARACTERS:

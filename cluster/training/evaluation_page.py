@@ -3,25 +3,19 @@ nothing that is fetched from elsewhere.
 """
 
 from collections.abc import Collection
-from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cluster.messages import NONE_DOMAIN
 from cluster.training.evaluation import Report
-from cluster.training.plots import svg
+from cluster.training.pages import render, svg
 
 _TEMPLATE = "evaluation.html"
 _MOST_IN_PLOT = 40
 """Domains: of more, those that routing costs most are drawn; the table has all."""
 _KINDS = {"base": "#9aa5b1", "routed": "#2f6fde", "oracle": "#36a269", "worst": "#d9534f"}
-
-_PAGES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-)
 
 
 def page(report: Report, worse: Collection[tuple[str, str]]) -> str:
@@ -30,7 +24,8 @@ def page(report: Report, worse: Collection[tuple[str, str]]) -> str:
     def mark(domain: str, figure: str) -> Markup:
         return Markup(' class="worse"') if (domain, figure) in worse else Markup()
 
-    return _PAGES.get_template(_TEMPLATE).render(
+    return render(
+        _TEMPLATE,
         report=report,
         routing=report.routing,
         worse=worse,
