@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.lora.weights import AdapterWeights
 from cluster.messages import AdapterRef, Mixture
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.mixture_losses import mixture_of
@@ -70,8 +69,3 @@ def is_draft(ref: AdapterRef) -> bool:
 
 def _less(parts: Mapping[AdapterRef, Mapping[str, float]], ref: AdapterRef) -> dict[AdapterRef, Mapping[str, float]]:
     return {other: of_other for other, of_other in parts.items() if other != ref}
-
-
-def rank_of(weights: AdapterWeights) -> int:
-    """The largest of its layers."""
-    return max(factors.rank for factors in weights.factors.values())

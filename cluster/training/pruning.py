@@ -21,7 +21,7 @@ from cluster.lora.weights import AdapterWeights
 from cluster.messages import AdapterRef
 from cluster.training.artifacts import published_adapter, published_base, published_router, require_adapters
 from cluster.training.data import Row, read_data
-from cluster.training.library import Library, is_draft, rank_of
+from cluster.training.library import Library, is_draft
 from cluster.training.mixture_losses import MixtureLosses
 from cluster.training.run import Run
 from cluster.training.similarity import cosine, functional_products
@@ -154,8 +154,8 @@ class _Pruner:
         adapters = [self._losses.adapters[state.ref(name)] for name in self._numbers]
         self._products_NN = functional_products(base, adapters, sample, settings.max_tokens)
         library = Library.of(router, refs)
-        # Rows of its own beside the adapter, which a new version would have to take along.
         self._first_names = sorted(refs)
+        # Not those with rows of their own beside the adapter, which a new version would have to take along.
         self._combinable = {name for name in library.router.domains if name in refs and name not in state.prototypes}
         weights = [dict(d.weights) for d in library.router.route([row.routed_prompt for row in rows])]
         nats_M, self._tokens_M = self._losses.of_rows(rows, library.mixtures(weights))
@@ -248,7 +248,8 @@ class _Pruner:
         after = library.combined(ref, into, shares)
         (draft,) = (one for one in after.parts if one not in library.parts)
         both = [self._losses.adapters[ref], self._losses.adapters[into]]
-        merged = merge_parts([reduce_share(both, list(shares))], max(map(rank_of, both)), torch.float32)
+        rank = max(factors.rank for adapter in both for factors in adapter.factors.values())
+        merged = merge_parts([reduce_share(both, list(shares))], rank, torch.float32)
         self._losses.adapters[draft] = merged.weights
         return after
 

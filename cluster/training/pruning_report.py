@@ -8,23 +8,22 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cluster.lora import peft_format
-from cluster.lora.catalog import Catalog, CatalogState, Change
-from cluster.lora.store import LocalStorage, write_version
+from cluster.errors import CatalogConflict
+from cluster.lora.artifacts import Store
+from cluster.lora.catalog import Catalog, CatalogState, Change, check_generation
+from cluster.lora.store import LocalStorage
 from cluster.lora.weights import AdapterWeights
-from cluster.training.plots import svg
+from cluster.messages import AdapterRef
+from cluster.training.pages import render, svg
 from cluster.training.pruning import PruneReport, Pruning
+from cluster.training.stage_adapters import publish_adapter
 
 FOLDER = "prunings"
 _TEMPLATE = "pruning.html"
-_PAGES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-)
 
 
 def write_proposal(root: Path, report: PruneReport) -> Path:
@@ -33,9 +32,7 @@ def write_proposal(root: Path, report: PruneReport) -> Path:
     def write(folder: Path) -> None:
         content = {**asdict(report), "changes": report.changes(), "num_kept": report.num_kept}
         (folder / "report.json").write_text(json.dumps(content, indent=2))
-        page = _PAGES.get_template(_TEMPLATE).render(
-            report=report, changes=report.changes(), losses=_losses(report), uses=_uses(report)
-        )
+        page = render(_TEMPLATE, report=report, changes=report.changes(), losses=_losses(report), uses=_uses(report))
         (folder / "report.html").write_text(page)
 
     return root / FOLDER / str(LocalStorage(root).write_version(FOLDER, write))
@@ -43,18 +40,26 @@ def write_proposal(root: Path, report: PruneReport) -> Path:
 
 def apply(root: Path, pruning: Pruning) -> CatalogState:
     """Publish it. Raises `CatalogConflict` when the catalog has moved on since it was measured."""
-    report = pruning.report
-    versions = {name: _write(root, name, weights, report) for name, weights in pruning.combined.items()}
-    moved = tuple(name for name in pruning.aliases if name in Catalog(root).load().adapters)
-    change = Change(adapters=versions, withdrawn=(*pruning.dropped, *moved), aliases=pruning.aliases)
-    return Catalog(root).publish(change, expected_generation=report.generation)
+    catalog, report = Catalog(root), pruning.report
+    state = catalog.load()
+    check_generation(state, report.generation)
+    moved = tuple(name for name in pruning.aliases if name in state.adapters)
+    # Other names of what moved go along; without a word here they would be withdrawn with it.
+    followed = {alias: pruning.aliases[name] for alias, name in state.aliases.items() if name in moved}
+    versions = {name: _write(root, name, weights, state, report) for name, weights in pruning.combined.items()}
+    change = Change(adapters=versions, withdrawn=(*pruning.dropped, *moved), aliases={**followed, **pruning.aliases})
+    try:
+        return catalog.publish(change, expected_generation=report.generation)
+    except CatalogConflict:
+        for name, version in versions.items():
+            Store.of(root).discard_adapter(AdapterRef(name, version))
+        raise
 
 
-def _write(root: Path, name: str, weights: AdapterWeights, report: PruneReport) -> int:
-    weights.check_finite()
+def _write(root: Path, name: str, weights: AdapterWeights, state: CatalogState, report: PruneReport) -> int:
     of = sorted(other for other, by in report.answered_by.items() if by == name)
-    kept = {"combined": of, "measured_at_generation": report.generation}
-    return write_version(root / "adapters" / name, lambda folder: peft_format.save(folder, weights, "base", kept))
+    made = {"combined": of, "measured_at_generation": report.generation}
+    return publish_adapter(root, name, weights, str(state.base), made)
 
 
 def _losses(report: PruneReport) -> Markup:

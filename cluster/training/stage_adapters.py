@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ from cluster.model.base import Base
 from cluster.training.artifacts import publish_for_base, published_base
 from cluster.training.data import DataSet, encode, read_data
 from cluster.training.one_pass import FitSettings, Fitted, fit_adapters, mean_losses
+from cluster.training.provenance import provenance
 from cluster.training.run import Run
 
 
@@ -30,20 +32,22 @@ def train_adapters(settings: StageSettings, run: Run) -> None:
     }
     how = FitSettings(options, recipe.seed, recipe.checkpoint_every_steps, f"2/4 {len(examples)} adapters")
     fitted = fit_adapters(base, examples, how, run)
+    made = provenance("adapters", settings)
     published = {
-        domain: publish_adapter(settings.root, domain, one.weights, base.name, settings)
-        for domain, one in fitted.items()
+        domain: publish_adapter(settings.root, domain, one.weights, base.name, made) for domain, one in fitted.items()
     }
     publish_for_base(catalog, Change(adapters=published), state.base)
     _report(base, fitted, data, settings, run)
 
 
-def publish_adapter(root: Path, domain: str, weights: AdapterWeights, base_name: str, settings: StageSettings) -> int:
-    """Write one adapter as the domain's next version and return its number. Not current until the catalog says so."""
+def publish_adapter(root: Path, domain: str, weights: AdapterWeights, base_name: str, made: Mapping[str, Any]) -> int:
+    """Write one adapter as the domain's next version and return its number. Not current until the catalog says so.
+
+    `made` says what it was made of.
+    """
     weights.check_finite()
-    kept = {"recipe": settings.name, "settings": settings.recipe.model_dump(), "seed": settings.recipe.seed}
     return write_version(
-        root / "adapters" / domain, lambda folder: peft_format.save(folder, weights, f"base/{base_name}", kept)
+        root / "adapters" / domain, lambda folder: peft_format.save(folder, weights, f"base/{base_name}", dict(made))
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cluster.config import StageSettings
-from cluster.errors import CatalogConflict
+from cluster.errors import CatalogConflict, StageOrder
 from cluster.lora.catalog import Catalog, CatalogState, Change
 from cluster.messages import NONE_DOMAIN
 from cluster.model.base import Base
@@ -23,6 +23,7 @@ from cluster.training.artifacts import published_adapter, published_base, requir
 from cluster.training.data import DataSet, Row, collate, encode, read_data
 from cluster.training.language_model import batch_loss, mean_loss
 from cluster.training.optimization import Optimizer, load_checkpoint, save_checkpoint
+from cluster.training.provenance import provenance
 from cluster.training.run import Run
 from cluster.training.stage_adapters import padding_id, publish_adapter
 from cluster.training.stage_router import chosen_domain, publish_router, router_columns, router_rows, routing_summary
@@ -72,13 +73,10 @@ def train_joint(settings: StageSettings, run: Run) -> None:
             "the adapters and the router of stage 3 stay"
         )
         return
+    made = provenance("joint", settings)
     published = {
         domain: publish_adapter(
-            settings.root,
-            domain,
-            system.adapters.weights(domain, system.base.fingerprint),
-            system.base.name,
-            settings,
+            settings.root, domain, system.adapters.weights(domain, system.base.fingerprint), system.base.name, made
         )
         for domain in domains
     }
@@ -108,6 +106,11 @@ def _load(settings: StageSettings, state: CatalogState) -> _System:
     base = published_base(settings.root, state)
     require_adapters(settings.root, state)
     router = trained_router(settings.root, state)
+    if combined := sorted(set(router.domains) & state.aliases.keys()):
+        raise StageOrder(
+            f"{combined[0]!r} has no adapter of its own, {state.aliases[combined[0]]!r} answers for it; the joint "
+            "stage needs one of each domain: run stages adapters and router first."
+        )
     for withdrawn in set(router.domains) - set(state.adapters):
         router = router.without_domain(withdrawn)
     published = {domain: published_adapter(settings.root, state.ref(domain)) for domain in router.domains}

@@ -30,7 +30,8 @@ def train_router(settings: StageSettings, run: Run) -> None:
     base = published_base(settings.root, state)
     require_adapters(settings.root, state)
     data = read_data(settings.data)
-    if missing := set(data.domains) - set(state.adapters):
+    # Another domain's adapter answers for one that is an alias.
+    if missing := set(data.domains) - state.adapters.keys() - state.aliases.keys():
         raise StageOrder(f"Domain {min(missing)!r} has no adapter yet; run stage 'adapters' on this data first.")
     train, val = (router_rows(data, split, recipe.train_rows_per_domain) for split in ("train", "val"))
     topics = [row.topic for row in train]

@@ -5,25 +5,31 @@ says of its cost is what an evaluation of the pruned system finds.
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from cluster.errors import CatalogConflict, InvalidInput
+from cluster.config import Recipe, RouterSettings, StageSettings
+from cluster.errors import CatalogConflict, InvalidInput, StageOrder
 from cluster.lora import peft_format
+from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version
 from cluster.lora.weights import AdapterWeights, Factors
 from cluster.messages import AdapterRef
 from cluster.router.policy import Policy
-from cluster.training.artifacts import published_adapter
+from cluster.training import pruning_report
+from cluster.training.artifacts import published_adapter, published_router
 from cluster.training.data import Row, encode
 from cluster.training.evaluation import EvaluationSettings, evaluate
 from cluster.training.pruning import PruneSettings, Pruning, prune
 from cluster.training.pruning_report import apply, write_proposal
 from cluster.training.run import LocalRun
 from cluster.training.similarity import cosine, functional_products
+from cluster.training.stage_joint import train_joint
+from cluster.training.stage_router import train_router
 from tests.nano import DOMAINS, build_root, nano_base, publish_adapter, publish_router
 from tests.training.rows import write_parquet
 
@@ -93,6 +99,22 @@ def test_two_that_do_the_same_become_one_that_answers_for_both(root: Path, data:
     assert after == pytest.approx(before, rel=1e-4)
 
 
+def test_what_was_combined_keeps_its_other_names_and_its_rows_in_a_router_that_is_trained_again(
+    root: Path, data: Path, tmp_path: Path
+) -> None:
+    Catalog(root).publish(Change(aliases={"sums": "math", "courts": "law"}))
+    proposal = proposed(root, data, tmp_path, keep=2, epsilon=1e-4)
+    ((moved, into),) = proposal.aliases.items()
+    apply(root, proposal)
+    assert dict(Catalog(root).load().aliases) == {moved: into, "sums": into, "courts": into}
+    settings = StageSettings(root=root, data=data, recipe=Recipe(router=RouterSettings(steps=4)), name="x")
+    with LocalRun("router", tmp_path / "run", Console(quiet=True)) as run:
+        train_router(settings, run)
+        assert published_router(root, Catalog(root).load()).domains == DOMAINS
+        with pytest.raises(StageOrder, match=f"{moved!r} has no adapter of its own, {into!r} answers"):
+            train_joint(settings, run)
+
+
 def test_what_a_proposal_says_it_costs_is_what_is_found_afterwards(root: Path, data: Path, tmp_path: Path) -> None:
     before = routed_losses(root, data, tmp_path)
     proposal = proposed(root, data, tmp_path, keep=1, epsilon=1.0, least_similarity=0.9)
@@ -132,12 +154,30 @@ def test_a_report_is_kept_before_anything_changes_and_a_catalog_that_moved_on_is
     assert content["changes"] == pytest.approx(proposal.report.changes())
     assert "combine with" in (folder / "report.html").read_text()
     publish_adapter(root, "sql", seed=9)
-    before = Catalog(root).load()
+    before, files = Catalog(root).load(), sorted(root.rglob("*"))
     with pytest.raises(CatalogConflict):
         apply(root, proposal)
-    assert Catalog(root).load() == before
+    assert (Catalog(root).load(), sorted(root.rglob("*"))) == (before, files)
     with pytest.raises(InvalidInput, match="of 3"):
         proposed(root, data, tmp_path, keep=4)
+
+
+def test_a_proposal_that_loses_a_race_leaves_no_version_to_roll_back_to(
+    root: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proposal = proposed(root, data, tmp_path, keep=2, epsilon=1e-4)
+    versions = {name: Store(root).adapter_versions(name) for name in ("law", "math")}
+    write = pruning_report._write
+
+    def and_another_publishes(*args: Any) -> int:
+        version = write(*args)
+        publish_adapter(root, "sql", seed=9)
+        return version
+
+    monkeypatch.setattr(pruning_report, "_write", and_another_publishes)
+    with pytest.raises(CatalogConflict):
+        apply(root, proposal)
+    assert {name: Store(root).adapter_versions(name) for name in ("law", "math")} == versions
 
 
 def test_products_are_those_of_the_deltas_outputs(root: Path) -> None:

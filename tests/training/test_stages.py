@@ -1,5 +1,6 @@
 """The stages as a whole, on the starter's data and a recipe of a few steps: order, publishing, resuming."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from cluster.lora.catalog import Catalog, Change
 from cluster.router.sentence_encoder import SentenceEncoder
 from cluster.router.tiny_ada import TinyAda
 from cluster.training import STAGES
+from cluster.training.data import data_digest
 from cluster.training.starter.generate import generate_starter
 from tests.router.small_bert import write_small_bert
 from tests.training.runs import FolderRun, Stopped
@@ -79,6 +81,19 @@ def test_all_stages_publish_in_order_and_a_resumed_run_equals_the_unbroken_one(t
     state = Catalog(unbroken).load()
     assert (state.base, state.router, len(state.adapters)) == (1, 2, 8)
     assert set(state.adapters.values()) == {2}
+    made = {
+        stage: json.loads((unbroken / file).read_text())
+        for stage, file in {
+            "base": "base/1/training.json",
+            "router": "router/1/training.json",
+            "joint": "router/2/training.json",
+        }.items()
+    }
+    for stage, version in (("adapters", 1), ("joint", 2)):
+        ours = json.loads((unbroken / f"adapters/sql/{version}/zephyra.json").read_text())
+        assert ours["metadata"] == made.get(stage, {**made["base"], "stage": stage})
+    assert {name: of["stage"] for name, of in made.items()} == {name: name for name in made}
+    assert {of["data"] for of in made.values()} == {data_digest(data)}
 
 
 def test_stages_take_a_pretrained_encoder_and_leave_it_as_it_is(tmp_path: Path, data: Path) -> None:
