@@ -118,7 +118,10 @@ def _read_table(file: Path) -> pa.Table:
                 f"expected {', '.join(_COLUMNS)}."
             )
         wanted = [*_COLUMNS, *(column for column in _OPTIONAL_COLUMNS if column in present)]
-        return parquet.read(columns=wanted).cast(pa.schema([(name, pa.string()) for name in wanted]))
+        table = parquet.read(columns=wanted).cast(pa.schema([(name, pa.string()) for name in wanted]))
+        # Text that is no UTF-8 would else be found row by row, and by Python.
+        table.validate(full=True)
+        return table
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise InvalidData(f"{file.name} cannot be read as Parquet with text columns: {error}.") from error
 

@@ -24,7 +24,7 @@ def take_over_base(
 
     Nothing happens if it is the root's base already; another base withdraws the adapters and the router of the one
     before. Raises `NotTrained` when there is none, `InvalidInput` for one that cannot be served up to
-    `max_context_tokens`, by default all that it was made for.
+    `max_context_tokens`, by default all that it was made for, or a root that cannot be written.
     """
     folder = find_base(named)
     check_servable(folder, max_context_tokens)
@@ -44,6 +44,12 @@ def take_over_base(
         # Of another root's base: they are written anew.
         (draft / CHECKSUMS).unlink(missing_ok=True)
 
-    version = store.write_version("base", write)
+    try:
+        version = store.write_version("base", write)
+    except OSError as error:
+        raise InvalidInput(
+            f"The root cannot take a copy of {named!r} ({error.strerror}); name one that can be written and has "
+            "the space."
+        ) from error
     catalog.publish(Change(base=version))
     say(f"published base {version} ({mark})")

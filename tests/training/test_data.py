@@ -77,6 +77,11 @@ def test_a_folder_without_rows_or_files_or_with_something_else_is_named(tmp_path
     pq.write_table(pa.table({name: pa.array([], pa.string()) for name in COLUMNS}), empty / "x.parquet")
     with pytest.raises(InvalidData, match=r"below .*empty hold no rows"):
         read_data(empty)
+    table = pa.table({name: pa.array(values).cast(pa.binary()) for name, values in COLUMNS.items()})
+    spoilt = pa.array([b"\xff\xfe", *table["prompt"].to_pylist()[1:]])
+    pq.write_table(table.set_column(table.schema.get_field_index("prompt"), "prompt", spoilt), empty / "x.parquet")
+    with pytest.raises(InvalidData, match=r"x\.parquet cannot be read as Parquet with text columns"):
+        read_data(empty)
     (empty / "x.parquet").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(InvalidData, match=r"x\.parquet cannot be read as Parquet"):
         read_data(empty)
