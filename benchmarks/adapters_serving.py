@@ -4,6 +4,7 @@ A ratio compares runs of the same minutes; times are of the machine as it was.
 """
 
 import asyncio
+import itertools
 import random
 import shutil
 import tempfile
@@ -42,9 +43,13 @@ class Effort:
     new_tokens: int = 32
     load_s: float = 10.0
     """Of the loads that something happens under."""
+    pace_rounds: int = 7
+    """Of answers with and without loading beside them: the machine's own pace wavers more than loading costs."""
+    pace_s: float = 4.0
+    """Of each of them."""
 
 
-QUICK = Effort(many=200, requests=64, rounds=1, new_tokens=4, load_s=4.0)
+QUICK = Effort(many=200, requests=64, rounds=1, new_tokens=4, load_s=4.0, pace_rounds=1)
 
 
 class ServingBench:
@@ -102,22 +107,38 @@ def affinity(bench: ServingBench) -> Measurements:
 
 
 def cold(bench: ServingBench) -> Measurements:
-    """First tokens of domains never asked for beside those of resident ones; and what loading does to others."""
-    num_cold = min(bench.effort.requests, bench.effort.many // 2)
+    """First tokens of domains never asked for beside those of resident ones; and what loading does to others.
+
+    The pace of answers under way is taken in turn with nothing beside them, with short requests to resident domains,
+    and with the same to cold ones: the first two differ by what any request costs others, the last two by the loading.
+    """
+    num_cold = min(bench.effort.requests, bench.effort.many // 4)
+    fresh = itertools.count(bench.effort.many // 2)
+    beside = {"nothing": None, "resident": itertools.cycle(range(4, FEW // 2)), "cold": fresh}
+    gaps_s: dict[str, list[list[float]]] = {name: [] for name in beside}
     with bench.cluster(bench.effort.many, num_slots=FEW) as cluster:
         warm_s, cold_s = cluster.run(partial(_warm_and_cold, num_cold=num_cold))
-        calm, busy = (
-            cluster.run(partial(_others_gaps, bench=bench, start=start)) for start in (None, bench.effort.many // 2)
-        )
+        cluster.run(partial(Load.closed, numbers=list(range(FEW // 2)), in_flight=4, max_tokens=1))
+        for number in range(bench.effort.pace_rounds):
+            for name in list(beside)[:: -1 if number % 2 else 1]:
+                pace = partial(_others_gaps, seconds=bench.effort.pace_s, numbers=beside[name])
+                gaps_s[name].append(cluster.run(pace))
     third = len(cold_s) // 3
+    p99, p50 = ({name: [of(gaps) for gaps in rounds] for name, rounds in gaps_s.items()} for of in (_p99, median))
     return {
         "warm_first_token_p99_s": Measurement((percentile(warm_s, 0.99),)),
         "cold_over_warm_p99": Measurement((percentile(cold_s, 0.99) / percentile(warm_s, 0.99),)),
         "cold_over_warm_p50": Measurement((median(cold_s) / median(warm_s),)),
         "cold_late_over_early": Measurement((median(cold_s[-third:]) / median(cold_s[:third]),)),
-        "others_tpot_p99_ratio": Measurement((percentile(busy, 0.99) / percentile(calm, 0.99),)),
-        "others_tpot_p50_ratio": Measurement((median(busy) / median(calm),)),
+        "others_tpot_p99_ratio": Measurement(paired_ratios(p99["cold"], p99["nothing"])),
+        "others_tpot_p50_ratio": Measurement(paired_ratios(p50["cold"], p50["nothing"])),
+        "resident_requests_tpot_p99_ratio": Measurement(paired_ratios(p99["resident"], p99["nothing"])),
+        "loading_tpot_p99_ratio": Measurement(paired_ratios(p99["cold"], p99["resident"])),
     }
+
+
+def _p99(values: Sequence[float]) -> float:
+    return percentile(values, 0.99)
 
 
 async def _warm_and_cold(load: Load, num_cold: int) -> tuple[list[float], list[float]]:
@@ -131,24 +152,23 @@ async def _warm_and_cold(load: Load, num_cold: int) -> tuple[list[float], list[f
     return warm_s, cold_s
 
 
-async def _others_gaps(load: Load, bench: ServingBench, start: int | None) -> list[float]:
-    """Times between tokens of four answers under way, while cold domains from `start` on are asked for, or none."""
+async def _others_gaps(load: Load, seconds: float, numbers: Iterator[int] | None) -> list[float]:
+    """Times between tokens of four answers under way, while domains of `numbers` are asked for one by one, or none."""
     ended = asyncio.Event()
 
-    async def keep_loading(number: int) -> None:
+    async def keep_asking(numbers: Iterator[int]) -> None:
         while not ended.is_set():
-            await load.ask(number)
-            number += 1
+            await load.ask(next(numbers))
             await asyncio.sleep(0.05)
 
-    loading = [] if start is None else [asyncio.ensure_future(keep_loading(start))]
+    asking = [] if numbers is None else [asyncio.ensure_future(keep_asking(numbers))]
     gaps_s: list[float] = []
-    end_s = time.perf_counter() + bench.effort.load_s
+    end_s = time.perf_counter() + seconds
     while time.perf_counter() < end_s:
         answers = await asyncio.gather(*(load.stream(number, max_tokens=400) for number in range(4)))
         gaps_s += [gap for answer in answers for gap in answer.gaps_s]
     ended.set()
-    await asyncio.gather(*loading)
+    await asyncio.gather(*asking)
     return gaps_s
 
 
