@@ -145,6 +145,62 @@ class Prototypes(ctypes.Structure):
     _fields_ = (("rows", c_void_p), ("starts", c_void_p), ("groups", c_int64), ("width", c_int64))
 
 
+class FeedForward(ctypes.Structure):
+    """Two linear layers with a GELU between them."""
+
+    _fields_ = (
+        ("first", c_void_p),
+        ("first_bias", c_void_p),
+        ("second", c_void_p),
+        ("second_bias", c_void_p),
+        ("inputs", c_int64),
+        ("hidden", c_int64),
+        ("outputs", c_int64),
+    )
+
+
+class TextEncoder(ctypes.Structure):
+    """What a router makes of n-grams."""
+
+    _fields_ = (
+        ("lexicon", c_void_p),
+        ("rarities", c_void_p),
+        ("table", c_void_p),
+        ("block", FeedForward),
+        ("word_numbers", c_void_p),
+        ("word_vectors", c_void_p),
+        ("words_block", FeedForward),
+        ("words_gain", c_float),
+        ("unused", c_float),
+        ("directions", c_void_p),
+        ("shares", c_void_p),
+        ("num_rows", c_int64),
+        ("width", c_int64),
+        ("num_directions", c_int64),
+        ("sketch_width", c_int64),
+    )
+
+
+class RouterHead(ctypes.Structure):
+    """What a router makes of that: logits."""
+
+    _fields_ = (
+        ("none", FeedForward),
+        ("none_offset", c_void_p),
+        ("offsets", c_void_p),
+        ("temperature", c_void_p),
+        ("prototypes", Prototypes),
+        ("scale", c_float),
+        ("unused", c_float),
+    )
+
+
+class Texts(ctypes.Structure):
+    """The features of several texts."""
+
+    _fields_ = (("slots", c_void_p), ("kinds", c_void_p), ("starts", c_void_p), ("count", c_int64))
+
+
 class AttentionShape(ctypes.Structure):
     """Heads in training."""
 
@@ -174,6 +230,8 @@ def native_library(architecture: str = "native") -> ctypes.CDLL | None:
     library.zephyra_rows.argtypes = (ctypes.POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int64, c_int)
     library.zephyra_product.argtypes = (c_void_p, c_int64, ctypes.POINTER(Matrix), c_void_p, c_int, c_int64, c_int)
     library.zephyra_log_means.argtypes = (c_void_p, c_int64, ctypes.POINTER(Prototypes), c_float, c_void_p)
+    router = (ctypes.POINTER(TextEncoder), ctypes.POINTER(RouterHead), ctypes.POINTER(Texts))
+    library.zephyra_text_logits.argtypes = (*router, c_void_p)
     library.zephyra_prefer_large_pages.argtypes = (c_void_p, c_size_t)
     shape = ctypes.POINTER(AttentionShape)
     library.zephyra_attend.argtypes = (shape, *[c_void_p] * 4, c_int64, *[c_void_p] * 2, c_int)
@@ -181,7 +239,7 @@ def native_library(architecture: str = "native") -> ctypes.CDLL | None:
     library.zephyra_normalize.argtypes = (*[c_void_p] * 2, c_int64, c_int64, c_float, c_void_p, c_int)
     library.zephyra_normalize_back.argtypes = (*[c_void_p] * 3, c_int64, c_int64, c_float, c_void_p, c_int)
     for name in (
-        *("run", "pack", "rows", "product", "log_means", "prefer_large_pages"),
+        *("run", "pack", "rows", "product", "log_means", "text_logits", "prefer_large_pages"),
         *("attend", "attend_back", "normalize", "normalize_back"),
     ):
         getattr(library, f"zephyra_{name}").restype = None

@@ -38,11 +38,11 @@ def settle(turns: Sequence[Turn], policy: Policy) -> NDArray[np.float64]:
 
     Those of a turn that nothing is carried to are its own, bit for bit.
     """
+    *before, newest = turns
     carried: dict[int, float] = {}
-    for turn in turns:
-        logits = _with_carried(turn, carried)
-        carried = _carry_on(turn, carried, policy, policy.numbered_weights(logits))
-    return logits
+    for turn in before:
+        carried = _carry_on(turn, carried, policy, policy.numbered_weights(_with_carried(turn, carried)))
+    return _with_carried(newest, carried)
 
 
 def _with_carried(turn: Turn, carried: Mapping[int, float]) -> NDArray[np.float64]:

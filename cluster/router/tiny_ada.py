@@ -25,6 +25,7 @@ from cluster.router.features import collate
 from cluster.router.few_shot import few_shot_logits, few_shot_offset, few_shot_prototypes
 from cluster.router.head import Head, keys
 from cluster.router.lexicon import Lexicon
+from cluster.router.one_call import OneCall
 from cluster.router.policy import Policy, probabilities
 from cluster.router.prototypes import recentre
 from cluster.router.sentence_encoder import SentenceEncoder
@@ -52,6 +53,7 @@ class TinyAda(nn.Module):
         self.policy = policy
         self.data_free: frozenset[str] = frozenset()
         """Domains known by words of their adapters alone: a guess, until somebody gives examples."""
+        self._one_call: OneCall | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -74,6 +76,8 @@ class TinyAda(nn.Module):
 
     def logits(self, texts: Sequence[str]) -> Tensor:
         """[B, D + 1], none last, calibrated: their softmax is the probabilities. Differentiable."""
+        if texts and not torch.is_grad_enabled() and (at_once := self._at_once()) is not None:
+            return at_once.logits(self.encoder.read(texts))
         logits_BC: Tensor = self.head(self.encode(texts))
         return logits_BC
 
@@ -252,6 +256,18 @@ class TinyAda(nn.Module):
             raise CorruptArtifact(f"The router in {folder.name} holds NaN or infinity; train it again.")
         ada.head.fixed_prototypes()  # now, not with the first prompt
         return ada
+
+    def __getstate__(self) -> dict[str, object]:
+        """For copies and pickles: their numbers lie elsewhere."""
+        return {**self.__dict__, "_one_call": None}
+
+    def _at_once(self) -> OneCall | None:
+        """The whole of it as one native call, made anew when its numbers lie elsewhere; None where there is none."""
+        if not isinstance(self.encoder, Encoder):
+            return None
+        if self._one_call is None or not self._one_call.is_of(self.encoder, self.head):
+            self._one_call = OneCall.of(self.encoder, self.head)
+        return self._one_call
 
     def _fork(self) -> "TinyAda":
         """A copy to add rows to or take them from. What is only replaced, not written to, when that is done, is shared:

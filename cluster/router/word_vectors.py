@@ -18,7 +18,7 @@ from cluster.router.sentence_model import SentenceModel
 
 WORD_WIDTH = 64
 _HIDDEN_WIDTH = 256
-_GAIN = 4.0
+GAIN = 4.0
 """A text's sum of unit vectors over the root of their number has numbers far below 1: next to nothing for a GELU."""
 
 _WRITTEN = re.compile(r"[^\W\d_]+")
@@ -67,7 +67,7 @@ class WordVectors(nn.Module):
         kept_N = numbers_N >= 0
         vectors = self.vectors_YQ[numbers_N[kept_N]].float() * weights_N[kept_N, None]
         sums_BQ = vectors.new_zeros(batch.num_texts, vectors.shape[1]).index_add_(0, batch.texts_N[kept_N], vectors)
-        added_BW: Tensor = self.down(nn.functional.gelu(self.up(_GAIN * sums_BQ)))
+        added_BW: Tensor = self.down(nn.functional.gelu(self.up(GAIN * sums_BQ)))
         return added_BW
 
 

@@ -6,6 +6,7 @@ engine, but for `prepare_adapter`; everything else reaches it as a job in the in
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -19,6 +20,9 @@ from cluster.lora.weights import AdapterWeights, Resident
 from cluster.messages import AdapterRef, GenerateRequest, TokenChunk
 
 logger = logging.getLogger("ray.serve")
+
+_IDLE_S = 0.1
+"""Without a request for so long, the engine checks itself."""
 
 _FAILED = "The engine of this replica has failed; try again in a few seconds."
 
@@ -132,18 +136,29 @@ class EngineLoop:
 
     def _take_jobs(self) -> bool:
         """Do what came in since the last step, waiting for something when there is nothing to do; False to stop."""
+        if not self._wait(_IDLE_S):
+            # The moment to look at itself: it takes as long as some steps, and nobody waits for it.
+            self._engine.check_integrity()
+            self._wait()
         with self._wake:
-            if not (self._inbox or self._stopping or self._engine.has_work):
-                # The moment to look at itself: nobody waits for it.
-                self._engine.check_integrity()
-            while not (self._inbox or self._stopping or self._engine.has_work):
-                deadline_s = self._engine.next_deadline_s
-                self._wake.wait(None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
             jobs = list(self._inbox)
             self._inbox.clear()
         for job in jobs:
             job()
         return not self._stopping
+
+    def _wait(self, most_s: float = math.inf) -> bool:
+        """Until there is something to do; False if there was nothing for so long."""
+        end_s = time.monotonic() + most_s
+        with self._wake:
+            while not (self._inbox or self._stopping or self._engine.has_work):
+                left_s = end_s - time.monotonic()
+                if left_s <= 0:
+                    return False
+                if (deadline_s := self._engine.next_deadline_s) is not None:
+                    left_s = min(left_s, max(0.0, deadline_s - time.monotonic()))
+                self._wake.wait(None if left_s == math.inf else left_s)
+        return True
 
     def _submit(self, request: GenerateRequest) -> None:
         try:

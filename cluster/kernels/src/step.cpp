@@ -9,7 +9,7 @@
 #include "attention.h"
 #include "mixture.h"
 #include "product.h"
-#include "prototypes.h"
+#include "router.h"
 #include "training.h"
 
 namespace {
@@ -190,6 +190,9 @@ void zephyra_product(const void* x, int64_t rows, const Matrix* matrix, float* y
 }
 void zephyra_log_means(const int16_t* keys, int64_t num_keys, const Prototypes* prototypes, float scale, float* out) {
     log_means(keys, num_keys, *prototypes, scale, out);
+}
+void zephyra_text_logits(const TextEncoder* encoder, const RouterHead* head, const Texts* texts, float* out) {
+    text_logits(*encoder, *head, *texts, out);
 }
 // Ask for pages of two megabytes: weights are read from end to end, and small pages cost a tenth of the speed.
 void zephyra_prefer_large_pages(void* memory, size_t size) {

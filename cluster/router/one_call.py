@@ -1,0 +1,102 @@
+"""Features of texts -> calibrated logits in one native call, for serving: what `Encoder` and `Head` say, to rounding.
+
+In torch it is some sixty small operations, of which each costs more than what it computes, and each lets go of Python's
+lock, which among the threads of a server is waited for again. Letters: B texts, D domains, N features.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cluster.kernels import library as native
+from cluster.router.encoder import NOVEL_WIDTH, Encoder
+from cluster.router.features import TextFeatures
+from cluster.router.head import SHARPNESS, Head
+from cluster.router.scoring import ONE
+from cluster.router.word_vectors import GAIN
+
+
+class OneCall:
+    """An encoder and a head as the native call reads them: where their numbers lie."""
+
+    def __init__(self, library: ctypes.CDLL, encoder: Encoder, head: Head) -> None:
+        self._library = library
+        self._made_of = _parts(encoder, head)
+        self._encoder = _encoder(encoder)
+        prototypes = head.fixed_prototypes()
+        self._num_domains = len(prototypes.starts) - 1
+        self._head = native.RouterHead(
+            _feed_forward(head.none_in, head.none_out),
+            head.none_offset.data_ptr(),
+            head.offsets_D.data_ptr(),
+            head.temperature.data_ptr(),
+            native.Prototypes(
+                prototypes.rows_RV.data_ptr(),
+                prototypes.starts.data_ptr(),
+                self._num_domains,
+                encoder.width + NOVEL_WIDTH,
+            ),
+            SHARPNESS / ONE**2,
+        )
+
+    @classmethod
+    def of(cls, encoder: Encoder, head: Head) -> Self | None:
+        """None where there is no compiler."""
+        library = native.native_library()
+        return None if library is None else cls(library, encoder, head)
+
+    def is_of(self, encoder: Encoder, head: Head) -> bool:
+        """Whether it reads the numbers of these two as they are now. What is written to them it sees; what is replaced,
+        it does not.
+        """
+        return all(now is then for now, then in zip(_parts(encoder, head), self._made_of, strict=True))
+
+    def logits(self, texts: Sequence[TextFeatures]) -> Tensor:
+        """[B, D + 1], none last, without gradients. A text's do not depend, in any bit, on the texts beside it."""
+        slots_N, kinds_N = (_joined([text.slots_N for text in texts]), _joined([text.kinds_N for text in texts]))
+        starts = np.cumsum([0, *(len(text.slots_N) for text in texts)])
+        given = native.Texts(slots_N.ctypes.data, kinds_N.ctypes.data, starts.ctypes.data, len(texts))
+        found_BC = torch.empty(len(texts), self._num_domains + 1)
+        self._library.zephyra_text_logits(self._encoder, self._head, given, found_BC.data_ptr())
+        return found_BC
+
+
+def _parts(encoder: Encoder, head: Head) -> tuple[object, ...]:
+    """What is another object once a number lies elsewhere: moving a module replaces its buffers."""
+    return encoder, encoder.words, head, head.offsets_D, head.fixed_prototypes()
+
+
+def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _encoder(encoder: Encoder) -> native.TextEncoder:
+    lexicon, words = encoder.lexicon, encoder.words
+    return native.TextEncoder(
+        lexicon.rows.data_ptr(),
+        lexicon.rarities.data_ptr(),
+        encoder.table.weight.data_ptr(),
+        _feed_forward(encoder.up, encoder.down),
+        None if words is None else words.numbers.data_ptr(),
+        None if words is None else words.vectors_YQ.data_ptr(),
+        native.FeedForward() if words is None else _feed_forward(words.up, words.down),
+        GAIN,
+        0.0,
+        encoder.novel_table.data_ptr(),
+        encoder.novel_shares_K.data_ptr(),
+        len(lexicon.row_slots),
+        encoder.width,
+        *encoder.novel_table.shape,
+    )
+
+
+def _feed_forward(first: nn.Linear, second: nn.Linear) -> native.FeedForward:
+    weights = (first.weight, first.bias, second.weight, second.bias)
+    return native.FeedForward(
+        *(part.data_ptr() for part in weights), first.in_features, first.out_features, second.out_features
+    )
