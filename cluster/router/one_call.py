@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from cluster.kernels import library as native
 from cluster.router.encoder import NOVEL_WIDTH, Encoder
@@ -20,16 +19,23 @@ from cluster.router.head import SHARPNESS, Head
 from cluster.router.scoring import ONE
 from cluster.router.word_vectors import GAIN
 
+_MOST_PRODUCTS_LOCKED = 4096
+"""Texts times prototypes up to which Python's lock is held: a tenth of a millisecond. To let go of it and take it again
+among the threads of a server takes longer, now and then by milliseconds."""
+
 
 class OneCall:
     """An encoder and a head as the native call reads them: where their numbers lie."""
 
     def __init__(self, library: ctypes.CDLL, encoder: Encoder, head: Head) -> None:
-        self._library = library
+        self._call = library.zephyra_text_logits
+        self._locked_call = ctypes.PYFUNCTYPE(None, *self._call.argtypes)(
+            ctypes.cast(self._call, ctypes.c_void_p).value or 0
+        )
         self._made_of = _parts(encoder, head)
         self._encoder = _encoder(encoder)
         prototypes = head.fixed_prototypes()
-        self._num_domains = len(prototypes.starts) - 1
+        self._num_domains, self._num_prototypes = len(prototypes.starts) - 1, len(prototypes.rows_RV)
         self._head = native.RouterHead(
             _feed_forward(head.none_in, head.none_out),
             head.none_offset.data_ptr(),
@@ -56,13 +62,14 @@ class OneCall:
         """
         return all(now is then for now, then in zip(_parts(encoder, head), self._made_of, strict=True))
 
-    def logits(self, texts: Sequence[TextFeatures]) -> Tensor:
-        """[B, D + 1], none last, without gradients. A text's do not depend, in any bit, on the texts beside it."""
+    def logits(self, texts: Sequence[TextFeatures]) -> NDArray[np.float32]:
+        """[B, D + 1], none last. A text's do not depend, in any bit, on the texts beside it."""
         slots_N, kinds_N = (_joined([text.slots_N for text in texts]), _joined([text.kinds_N for text in texts]))
         starts = np.cumsum([0, *(len(text.slots_N) for text in texts)])
         given = native.Texts(slots_N.ctypes.data, kinds_N.ctypes.data, starts.ctypes.data, len(texts))
-        found_BC = torch.empty(len(texts), self._num_domains + 1)
-        self._library.zephyra_text_logits(self._encoder, self._head, given, found_BC.data_ptr())
+        found_BC = np.empty((len(texts), self._num_domains + 1), dtype=np.float32)
+        is_short = len(texts) * self._num_prototypes <= _MOST_PRODUCTS_LOCKED
+        (self._locked_call if is_short else self._call)(self._encoder, self._head, given, found_BC.ctypes.data)
         return found_BC
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -77,7 +78,7 @@ class TinyAda(nn.Module):
     def logits(self, texts: Sequence[str]) -> Tensor:
         """[B, D + 1], none last, calibrated: their softmax is the probabilities. Differentiable."""
         if texts and not torch.is_grad_enabled() and (at_once := self._at_once()) is not None:
-            return at_once.logits(self.encoder.read(texts))
+            return torch.from_numpy(at_once.logits(self.encoder.read(texts)))
         logits_BC: Tensor = self.head(self.encode(texts))
         return logits_BC
 
@@ -91,7 +92,7 @@ class TinyAda(nn.Module):
         decisions: list[RoutingDecision] = []
         for start in range(0, len(texts), _ENCODE_BATCH):
             start_s = time.perf_counter()
-            rows = self.logits(texts[start : start + _ENCODE_BATCH]).double().numpy()
+            rows = self.logits(texts[start : start + _ENCODE_BATCH]).numpy().astype(np.float64)
             decided = [(probabilities(self.domains, row), self.policy.weights(self.domains, row)) for row in rows]
             compute_ms = (time.perf_counter() - start_s) * 1000 / len(rows)
             decisions += [RoutingDecision(probable, weights, compute_ms) for probable, weights in decided]
@@ -106,7 +107,7 @@ class TinyAda(nn.Module):
         if not turns:
             raise InvalidInput("The conversation has no turn to route; give at least one.")
         start_s = time.perf_counter()
-        rows = self.logits(turns).double().numpy()
+        rows = self.logits(turns).numpy().astype(np.float64)
         scored = [Turn(row, len(text)) for row, text in zip(rows, turns, strict=True)]
         settled = settle(scored, self.policy)
         weights = self.policy.weights(self.domains, settled)

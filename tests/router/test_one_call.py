@@ -56,7 +56,7 @@ def test_they_are_those_of_the_modules(router: TinyAda, architecture: str) -> No
     kernels = library.native_library(architecture)
     assert kernels is not None
     assert isinstance(router.encoder, Encoder)
-    found_BC = OneCall(kernels, router.encoder, router.head).logits(router.encoder.read(TEXTS))
+    found_BC = torch.from_numpy(OneCall(kernels, router.encoder, router.head).logits(router.encoder.read(TEXTS)))
     expected_BC = _expected(router, TEXTS)
     # A key's number that lies between two whole ones may be rounded the other way: 12 / 0.7 / 2^15 each.
     assert torch.allclose(found_BC[:, :-1], expected_BC[:, :-1], rtol=0, atol=2e-3)
@@ -69,6 +69,12 @@ def test_they_are_those_of_the_modules(router: TinyAda, architecture: str) -> No
 def test_no_bit_depends_on_the_texts_beside(router: TinyAda, texts: list[str]) -> None:
     alone_BC = torch.cat([_found(router, [text]) for text in texts])
     assert torch.equal(_found(router, texts), alone_BC)
+
+
+def test_many_texts_that_let_go_of_the_lock_are_scored_alike(router: TinyAda) -> None:
+    many = [text for number in range(200) for text in (f"rain {number}", *TEXTS)]
+    alone_BC = torch.cat([_found(router, [text]) for text in many])
+    assert torch.equal(_found(router, many), alone_BC)
 
 
 def test_what_is_written_to_a_router_counts_at_once(router: TinyAda) -> None:
@@ -93,7 +99,7 @@ def test_serving_takes_it_and_training_does_not(router: TinyAda) -> None:
     assert isinstance(router.encoder, Encoder)
     at_once = OneCall.of(router.encoder, router.head)
     assert at_once is not None
-    assert torch.equal(_found(router, TEXTS), at_once.logits(router.encoder.read(TEXTS)))
+    assert torch.equal(_found(router, TEXTS), torch.from_numpy(at_once.logits(router.encoder.read(TEXTS))))
     assert not torch.equal(_found(router, TEXTS), _expected(router, TEXTS))
     assert router.logits(TEXTS).requires_grad
 
