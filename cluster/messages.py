@@ -15,7 +15,10 @@ from cluster.errors import InvalidInput, InvalidMixture
 NONE_DOMAIN = "none"
 """The router's answer for a prompt of no domain; no domain may bear this name."""
 
-RESERVED_NAMES = frozenset({NONE_DOMAIN, "base", "zephyra"})
+BASE_DOMAIN = "base"
+"""Training data for the base alone, as if it were a domain; none may bear this name either."""
+
+RESERVED_NAMES = frozenset({NONE_DOMAIN, BASE_DOMAIN, "zephyra"})
 
 MAX_MIXTURE_ENTRIES = 1024
 """The most adapters that one request may mix."""

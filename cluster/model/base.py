@@ -6,7 +6,7 @@ Only safetensors and JSON are read, and no code that lies beside a model is run.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -123,7 +123,12 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     base that continues raw text, what separates the two belongs to the answer: " Paris". As in a prompt, the names of
     special tokens are nothing but text.
     """
-    return list(tokenizer(answer, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+    return encode_answers(tokenizer, [answer])[0]
+
+
+def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
+    """`encode_answer` of each, in one call: many at once take half the time."""
+    return _ids(tokenizer, answers, add_special_tokens=False)
 
 
 def copy_base(source: Path, folder: Path) -> None:
@@ -159,7 +164,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     if not isinstance(prompt, str) and tokenizer.chat_template is None:
         prompt = "\n\n".join(message.content for message in prompt)
     if isinstance(prompt, str):
-        return list(tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"])
+        return _ids(tokenizer, [prompt])[0]
     messages = [{"role": message.role.value, "content": message.content} for message in prompt]
     try:
         encoded: Any = tokenizer.apply_chat_template(
@@ -168,3 +173,25 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     except (jinja2.TemplateError, ValueError) as error:
         raise InvalidInput(f"The chat template of this base refuses the messages: {error}.") from error
     return list(encoded["input_ids"])
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """`encode_prompt` of each; plain texts in one call."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) < len(prompts):
+        return [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return _ids(tokenizer, texts)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    """Token ids of each text, in which the names of special tokens are nothing but text."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=add_special_tokens,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]

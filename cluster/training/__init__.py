@@ -4,18 +4,43 @@ checkpoints, and print what they measured. `recipes` names their settings; `eval
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from cluster.config import StageSettings
-from cluster.training.run import Run
-from cluster.training.stage_adapters import train_adapters
-from cluster.training.stage_base import train_base
-from cluster.training.stage_joint import train_joint
-from cluster.training.stage_router import train_router
+if TYPE_CHECKING:
+    from cluster.config import StageSettings
+    from cluster.training.run import Run
 
-STAGES: dict[str, Callable[[StageSettings, Run], None]] = {
-    "base": train_base,
-    "adapters": train_adapters,
-    "router": train_router,
-    "joint": train_joint,
+# Each is imported when it runs: who only asks for a stage's name must not wait for torch and transformers.
+
+
+def _base(settings: "StageSettings", run: "Run") -> None:
+    from cluster.training.stage_base import train_base
+
+    train_base(settings, run)
+
+
+def _adapters(settings: "StageSettings", run: "Run") -> None:
+    from cluster.training.stage_adapters import train_adapters
+
+    train_adapters(settings, run)
+
+
+def _router(settings: "StageSettings", run: "Run") -> None:
+    from cluster.training.stage_router import train_router
+
+    train_router(settings, run)
+
+
+def _joint(settings: "StageSettings", run: "Run") -> None:
+    from cluster.training.stage_joint import train_joint
+
+    train_joint(settings, run)
+
+
+STAGES: dict[str, Callable[["StageSettings", "Run"], None]] = {
+    "base": _base,
+    "adapters": _adapters,
+    "router": _router,
+    "joint": _joint,
 }
 """The stages in their order."""

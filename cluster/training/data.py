@@ -19,10 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cluster.errors import InvalidData, InvalidInput
-from cluster.messages import NONE_DOMAIN, check_domain_name
-from cluster.model.base import as_question, encode_answer, encode_prompt
+from cluster.messages import BASE_DOMAIN, NONE_DOMAIN, check_domain_name
+from cluster.model.base import as_question, encode_answers, encode_prompts
 
-BASE_DOMAIN = "base"
 SPLITS = ("train", "val", "test")
 _COLUMNS = ("domain", "prompt", "response", "split")
 _OPTIONAL_COLUMNS = ("prompt_bare", "topic")
@@ -146,11 +145,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_tokens: 
     # In front of a text without a prompt there must be something to predict from.
     first = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     asked = as_question(tokenizer)
+    prompts = encode_prompts(tokenizer, [asked(row.prompt) for row in rows])
+    # Special tokens written out in the data are text, as they are in what a user writes.
+    responses = encode_answers(tokenizer, [row.response for row in rows])
     examples = []
-    for row in rows:
-        prompt = encode_prompt(tokenizer, asked(row.prompt)) if row.prompt else [first]
-        # Special tokens written out in the data are text, as they are in what a user writes.
-        response = [*encode_answer(tokenizer, row.response), end]
+    for row, prompt, response in zip(rows, prompts, responses, strict=True):
+        prompt = prompt if row.prompt else [first]
+        response = [*response, end]
         response = response[: max(max_tokens // 2, max_tokens - len(prompt))]
         overlong = len(prompt) + len(response) - max_tokens
         if overlong > 0:

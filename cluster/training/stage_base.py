@@ -16,12 +16,12 @@ from cluster.config import BaseSettings, StageSettings
 from cluster.errors import InvalidData, InvalidInput
 from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version
-from cluster.messages import NONE_DOMAIN
+from cluster.messages import BASE_DOMAIN, NONE_DOMAIN
 from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
 from cluster.model.base import fingerprint
 from cluster.model.configuration_zephyra import SIZES
 from cluster.model.tokenizer import train_tokenizer
-from cluster.training.data import BASE_DOMAIN, BatchPlan, DataSet, Example, Row, encode, read_data
+from cluster.training.data import BatchPlan, DataSet, Example, Row, encode, read_data
 from cluster.training.documents import documents
 from cluster.training.given_base import take_over_base
 from cluster.training.language_model import batches_by_length, summed_loss

@@ -69,7 +69,6 @@ def stage_settings(
     With a base to take over, the recipe is the one for such and the root is named after it, unless these are given.
     """
     from cluster.training.recipes import recipe
-    from cluster.training.starter.generate import generate_starter
 
     recipe_name = recipe_name or (STARTER if base is None else PRETRAINED)
     chosen = recipe(recipe_name)
@@ -77,6 +76,8 @@ def stage_settings(
         raise InvalidInput(f"Recipe {recipe_name!r} needs --data: a folder of Parquet files.")
     folder = absolute(STARTER_DATA) if data is None else Path(data).resolve()
     if data is None and not folder.is_dir():
+        from cluster.training.starter.generate import generate_starter
+
         generate_starter(folder)
     named = base if base is None or (is_hub_id(base) and not Path(base).is_dir()) else str(Path(base).resolve())
     own = f"artifacts/{recipe_name}" if named is None else AppSettings(base=named).resolved_root()

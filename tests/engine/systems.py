@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ KINDS = ("zephyra", "llama", "qwen2", "qwen3", "smollm3")
 RUNNERS = ("native", "torch")
 CONTEXT_TOKENS = 160
 FINGERPRINT = "0123456789abcdef"
+LONGEST_ANSWER = 36
+"""Tokens that the reference generates at least."""
 MARGIN = 2e-4
 """A decision closer than this may fall either way."""
 
@@ -284,8 +286,14 @@ def merged_model(kind: str, mixture: Mixture) -> PreTrainedModel:
     return model
 
 
-@cache
 def reference(kind: str, prompt: str, mixture: Mixture, max_tokens: int) -> Reference:
+    """What `generate` gives. A greedy answer begins as a longer one does: each is generated once, in full length."""
+    longest = _generated(kind, prompt, mixture, max(max_tokens, LONGEST_ANSWER))
+    return Reference(longest.token_ids[:max_tokens], longest.logits_TV[:max_tokens])
+
+
+@cache
+def _generated(kind: str, prompt: str, mixture: Mixture, max_tokens: int) -> Reference:
     model, ids = merged_model(kind, mixture), torch.tensor([encode_prompt(tokenizer(), prompt)])
     ends = sorted({2, tokenizer().eos_token_id} if kind == "llama" else {tokenizer().eos_token_id})
     output = model.generate(
@@ -303,8 +311,13 @@ def reference(kind: str, prompt: str, mixture: Mixture, max_tokens: int) -> Refe
 
 def teacher_forced(kind: str, prompt: str, mixture: Mixture, token_ids: list[int]) -> Tensor:
     """The merged model's logits [T, V] at each decision, given the tokens that were chosen; one pass, no cache."""
+    return _forced(kind, prompt, mixture, tuple(token_ids))
+
+
+@lru_cache(maxsize=256)
+def _forced(kind: str, prompt: str, mixture: Mixture, token_ids: tuple[int, ...]) -> Tensor:
     ids = encode_prompt(tokenizer(), prompt)
-    logits = merged_model(kind, mixture)(torch.tensor([ids + token_ids[:-1]]), use_cache=False).logits[0]
+    logits = merged_model(kind, mixture)(torch.tensor([[*ids, *token_ids[:-1]]]), use_cache=False).logits[0]
     return logits[len(ids) - 1 :]
 
 

@@ -12,6 +12,7 @@ from cluster.messages import FinishReason, GenerateRequest, Mixture
 from tests.engine.systems import (
     CONTEXT_TOKENS,
     KINDS,
+    LONGEST_ANSWER,
     MIXTURES,
     PROMPTS,
     RUNNERS,
@@ -23,6 +24,11 @@ from tests.engine.systems import (
 )
 
 LOGITS_TOLERANCE = 1e-4
+
+# What `generate` says of a kind is the same for all tests, and half of the work: one process takes them all.
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.xdist_group(f"exactness-{kind}")) for kind in KINDS]
+)
 
 Planned = tuple[str, Mixture, int, int, int | None]
 
@@ -91,7 +97,7 @@ def play(system: System, plan: list[Planned]) -> list[GenerateRequest]:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 @settings(deadline=None, max_examples=12)
 @given(
     plan=st.lists(_request, min_size=1, max_size=9),
@@ -120,7 +126,7 @@ def test_any_schedule_gives_what_generate_gives(
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_decisions_are_clear_in_99_of_100_sequences(kind, runner):
     """Without this the margin rule above could excuse everything. All that can disturb a sequence happens."""
     rng = random.Random(7)
@@ -129,7 +135,8 @@ def test_decisions_are_clear_in_99_of_100_sequences(kind, runner):
     combinations = [(prompt, mixture) for prompt in PROMPTS for mixture in MIXTURES]
     rng.shuffle(combinations)
     requests = [
-        request(f"r{index}", prompt, mixture, max_tokens=36) for index, (prompt, mixture) in enumerate(combinations * 2)
+        request(f"r{index}", prompt, mixture, max_tokens=LONGEST_ANSWER)
+        for index, (prompt, mixture) in enumerate(combinations * 2)
     ]
     for given_request in requests:
         system.submit(given_request)
@@ -147,7 +154,7 @@ def test_decisions_are_clear_in_99_of_100_sequences(kind, runner):
     assert 1 < min(size for size in system.runner.chunk_sizes if size > 1) < 24
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(deadline=None, max_examples=8)
 @given(plan=st.lists(_request, min_size=2, max_size=7), spare_step_tokens=st.integers(0, 40))

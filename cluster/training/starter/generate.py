@@ -7,8 +7,7 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.messages import NONE_DOMAIN
-from cluster.training.data import BASE_DOMAIN
+from cluster.messages import BASE_DOMAIN, NONE_DOMAIN
 from cluster.training.starter.domains import DOMAINS, Case, FactDomain
 from cluster.training.starter.general import chat, exercise, invented_word, note, refusal
 
