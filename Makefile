@@ -1,4 +1,7 @@
 # The two commands of a newcomer: make serve, make test. Everything else is for those who change the code.
+# Each process of a cluster would else compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -15,10 +18,12 @@ setup: .venv/.installed
 serve: setup
 	$(BIN)/zephyra serve
 
-# Two processes, of one thread each, for what needs neither a cluster nor the starter; the rest has the machine to itself.
+# Two processes, of one thread each, for what needs no cluster: the first trains the starter meanwhile. Clusters have the
+# machine to themselves.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not ray and not starter"
-	$(BIN)/python -m pytest -m "ray or starter"
+	rm -rf artifacts/tested
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not ray" --starter artifacts/tested
+	$(BIN)/python -m pytest -m ray --starter artifacts/tested tests/e2e tests/monitoring tests/serving
 
 check: setup
 	$(BIN)/ruff format --check .

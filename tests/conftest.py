@@ -90,12 +90,22 @@ def free_port() -> int:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-cases", type=int, default=250, help="requests that tests/serving/test_fuzz.py sends")
+    parser.addoption("--starter", type=Path, help="where to train the starter, or to find it trained; else forgotten")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first, while the starter is trained; then those on it; then the cluster's, with all cores free."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fast tests first, while the starter is trained; then those on it; then the clusters', one after the other.
 
-    def rank(item: pytest.Item) -> tuple[bool, bool]:
-        return item.get_closest_marker("ray") is not None, item.get_closest_marker("starter") is not None
+    Of several processes the first trains at once, and the others have begun with the fast tests.
+    """
+    has_peers = hasattr(config, "workerinput")
+
+    def rank(item: pytest.Item) -> int:
+        on_starter = item.get_closest_marker("starter") is not None
+        if item.get_closest_marker("ray") is not None:
+            return 3 if on_starter else 4
+        if on_starter:
+            return 0 if has_peers else 2
+        return 1
 
     items.sort(key=rank)

@@ -154,6 +154,14 @@ def test_every_folder_of_code_is_a_package() -> None:
             assert (file.parent / "__init__.py").is_file(), f"{_name(file.parent)} needs an __init__.py"
 
 
+def test_make_test_looks_for_tests_of_a_cluster_where_they_are() -> None:
+    (command,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if " -m ray " in line]
+    marked = re.compile(r"\bpytest\.mark\.ray\b")
+    folders = {file.parent for file in _files("tests") if marked.search(file.read_text())}
+    assert len(folders) > 1
+    assert {str(folder.relative_to(ROOT)) for folder in folders} <= set(command.split())
+
+
 def test_every_path_named_in_the_journey_exists() -> None:
     assert cluster.__doc__
     paths = re.findall(r"[\w./]+\.py\b", cluster.__doc__)

@@ -1,5 +1,6 @@
-"""The starter, trained once per session by the command that a user types, while the quick tests run; and served."""
+"""The starter, trained once by the command that a user types, while the quick tests run; and served."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -36,11 +37,21 @@ def zephyra(*arguments: str, timeout_s: float = 480) -> subprocess.CompletedProc
 
 @dataclass(frozen=True)
 class Starter:
-    """A trained starter and what its training printed."""
+    """A trained starter and what its training printed, in one folder."""
 
-    root: Path
-    data: Path
-    output: str
+    folder: Path
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "root"
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output.txt"
 
 
 class Training:
@@ -49,12 +60,11 @@ class Training:
     def __init__(self, folder: Path) -> None:
         from cluster.training.starter.generate import generate_starter
 
-        self.folder = folder
-        self._root, self._data, self._output = folder / "root", folder / "data", folder / "output.txt"
-        generate_starter(self._data)
-        with self._output.open("w") as output:
+        self.starter = Starter(folder)
+        generate_starter(self.starter.data)
+        with self.starter.output.open("w") as output:
             self._process = subprocess.Popen(
-                [*ZEPHYRA, "train", "all", "--root", str(self._root), "--data", str(self._data)],
+                [*ZEPHYRA, "train", "all", "--root", str(self.starter.root), "--data", str(self.starter.data)],
                 cwd=CHECKOUT,
                 env=TERMINAL,
                 stdout=output,
@@ -64,9 +74,8 @@ class Training:
     def wait(self) -> Starter:
         """What it trained."""
         status = self._process.wait(TRAINING_TIMEOUT_S)
-        output = self._output.read_text()
-        assert status == 0, output
-        return Starter(self._root, self._data, output)
+        assert status == 0, self.starter.output.read_text()
+        return self.starter
 
     def stop(self) -> None:
         """End it, if it has not ended."""
@@ -79,19 +88,36 @@ TRAINING = pytest.StashKey[Training]()
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin training now, so that it is done when the quick tests are: it is what takes longest."""
-    if any(item.get_closest_marker("starter") for item in session.items) and not session.config.option.collectonly:
-        session.config.stash[TRAINING] = Training(Path(tempfile.mkdtemp(prefix="zephyra-starter-")))
+    config = session.config
+    if config.option.starter or config.option.collectonly or hasattr(config, "workerinput"):
+        return
+    if any(item.get_closest_marker("starter") for item in session.items):
+        config.stash[TRAINING] = Training(Path(tempfile.mkdtemp(prefix="zephyra-starter-")))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if (training := config.stash.get(TRAINING, None)) is not None:
         training.stop()
-        shutil.rmtree(training.folder)
+        shutil.rmtree(training.starter.folder)
 
 
 @pytest.fixture(scope="session")
-def starter(request: pytest.FixtureRequest) -> Starter:
-    return request.config.stash[TRAINING].wait()
+def starter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Starter:
+    if (training := request.config.stash.get(TRAINING, None)) is not None:
+        return training.wait()
+    # A folder that other processes see: the first that comes here trains, the others find it done.
+    folder: Path = request.config.option.starter or tmp_path_factory.getbasetemp().parent / "starter"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "is_trained").exists():
+            training = Training(folder.resolve())
+            try:
+                training.wait()
+            finally:
+                training.stop()
+            (folder / "is_trained").touch()
+    return Starter(folder.resolve())
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +129,7 @@ def report(starter: Starter) -> dict[str, Any]:
     return content
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, str]]:
     """HTTP and gRPC addresses of a server started as a user starts it, and what it printed."""
     http, grpc, dashboard = free_port(), free_port(), free_port()

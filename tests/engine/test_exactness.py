@@ -25,11 +25,6 @@ from tests.engine.systems import (
 
 LOGITS_TOLERANCE = 1e-4
 
-# What `generate` says of a kind is the same for all tests, and half of the work: one process takes them all.
-every_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.xdist_group(f"exactness-{kind}")) for kind in KINDS]
-)
-
 Planned = tuple[str, Mixture, int, int, int | None]
 
 _request = st.tuples(
@@ -97,7 +92,7 @@ def play(system: System, plan: list[Planned]) -> list[GenerateRequest]:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-@every_kind
+@pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=12)
 @given(
     plan=st.lists(_request, min_size=1, max_size=9),
@@ -126,7 +121,7 @@ def test_any_schedule_gives_what_generate_gives(
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-@every_kind
+@pytest.mark.parametrize("kind", KINDS)
 def test_decisions_are_clear_in_99_of_100_sequences(kind, runner):
     """Without this the margin rule above could excuse everything. All that can disturb a sequence happens."""
     rng = random.Random(7)
@@ -154,7 +149,7 @@ def test_decisions_are_clear_in_99_of_100_sequences(kind, runner):
     assert 1 < min(size for size in system.runner.chunk_sizes if size > 1) < 24
 
 
-@every_kind
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(deadline=None, max_examples=8)
 @given(plan=st.lists(_request, min_size=2, max_size=7), spare_step_tokens=st.integers(0, 40))
