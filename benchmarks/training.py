@@ -32,6 +32,7 @@ from cluster.training.data import BatchPlan, Example, encode, read_data
 from cluster.training.grouped_lora import AdapterShape, GroupedAdapters
 from cluster.training.one_pass import FitSettings, fit_adapters, mean_losses
 from cluster.training.stage_base import fit_base
+from cluster.training.workers import Workers
 
 _DATA = CHECKOUT.parent / "shared" / "data" / "domains"
 _PASSES_PER_STEP = (1, 2, 4)
@@ -210,7 +211,8 @@ class _Stopped(Exception):
 class _Run:
     """A run without a terminal; given a folder, it keeps checkpoints there, and may be stopped after the first."""
 
-    def __init__(self, folder: Path | None = None, stops: bool = False) -> None:
+    def __init__(self, folder: Path | None = None, stops: bool = False, workers: Workers | None = None) -> None:
+        self.workers = workers or Workers()
         self._folder, self._stops = folder, stops
 
     def start(self, title: str, num_steps: int) -> None:

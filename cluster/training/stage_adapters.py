@@ -1,8 +1,8 @@
 """Stage 2: one adapter per domain, all over the same frozen base and in one pass, published in one generation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +17,8 @@ from cluster.training.data import DataSet, encode, read_data
 from cluster.training.one_pass import FitSettings, Fitted, fit_adapters, mean_losses
 from cluster.training.provenance import provenance
 from cluster.training.run import Run
+
+T = TypeVar("T")
 
 
 def train_adapters(settings: StageSettings, run: Run) -> None:
@@ -33,11 +35,25 @@ def train_adapters(settings: StageSettings, run: Run) -> None:
     how = FitSettings(options, recipe.seed, recipe.checkpoint_every_steps, f"2/4 {len(examples)} adapters")
     fitted = fit_adapters(base, examples, how, run)
     made = provenance("adapters", settings)
-    published = {
-        domain: publish_adapter(settings.root, domain, one.weights, base.name, made) for domain, one in fitted.items()
-    }
-    publish_for_base(catalog, Change(adapters=published), state.base)
-    _report(base, fitted, data, settings, run)
+
+    def write() -> dict[str, int]:
+        return {
+            domain: publish_adapter(settings.root, domain, one.weights, base.name, made)
+            for domain, one in fitted.items()
+        }
+
+    # Each worker writes what it fitted, and measures it; one publishes all in one generation.
+    written = _united(run.workers.each(write))
+    if run.workers.is_first:
+        publish_for_base(catalog, Change(adapters=written), state.base)
+    changes = _united(run.workers.each(lambda: _losses(base, fitted, data, settings)))
+    if run.workers.is_first:
+        lines = [f"{domain} {changes[domain]}" for domain in sorted(changes)]
+        run.say(f"published {len(written)} adapters; validation loss, base -> adapter: {', '.join(lines)}")
+
+
+def _united(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
+    return {domain: value for part in parts for domain, value in part.items()}
 
 
 def publish_adapter(root: Path, domain: str, weights: AdapterWeights, base_name: str, made: Mapping[str, Any]) -> int:
@@ -51,13 +67,12 @@ def publish_adapter(root: Path, domain: str, weights: AdapterWeights, base_name:
     )
 
 
-def _report(base: Base, fitted: Mapping[str, Fitted], data: DataSet, settings: StageSettings, run: Run) -> None:
+def _losses(base: Base, fitted: Mapping[str, Fitted], data: DataSet, settings: StageSettings) -> dict[str, str]:
     limit, max_tokens = settings.recipe.val_rows_per_domain, settings.recipe.adapters.max_tokens
     examples = {domain: encode(base.tokenizer, data.rows("val", domain, limit), max_tokens) for domain in fitted}
     before = mean_losses(base, {}, examples)
     after = mean_losses(base, {domain: one.weights for domain, one in fitted.items()}, examples)
-    lines = [f"{domain} {before[domain]:.2f} -> {after[domain]:.2f}" for domain in before]
-    run.say(f"published {len(fitted)} adapters; validation loss, base -> adapter: {', '.join(lines)}")
+    return {domain: f"{before[domain]:.2f} -> {after[domain]:.2f}" for domain in before}
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
