@@ -22,6 +22,7 @@ from benchmarks.figures import Measurement, Measurements, interleaved, paired_ra
 from benchmarks.report import in_words, result_line
 from benchmarks.system import num_cores
 from benchmarks.training_peers import Plan, train_with_peft, train_with_trainer
+from benchmarks.training_workers import Work, compare
 from cluster.config import CHECKOUT, AdapterSettings, BaseSettings
 from cluster.lora.weights import AdapterWeights
 from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
@@ -163,6 +164,13 @@ class Bench:
         same = same and all(_are_equal(unbroken[domain], weights) for domain, weights in parts[-1].items())
         return {"resume_identical": Measurement((float(same),))}
 
+    def workers(self) -> Measurements:
+        """One worker over two by seconds, and how far their results are apart. Few steps: each is run six times."""
+        base = self.effort.base.model_copy(update={"num_steps": min(12, self.effort.base.num_steps)})
+        adapters = self.effort.adapters.model_copy(update={"num_steps": min(2, self.effort.adapters.num_steps)})
+        work = Work(self.start, self.base().model, self.tokenizer, self.train, base, adapters)
+        return compare(work, self.effort.rounds)
+
     def _all_examples(self) -> list[Example]:
         return [example for examples in self.train.values() for example in examples]
 
@@ -271,6 +279,7 @@ SCENARIOS = {
     "pretraining": Scenario(Bench.pretraining, "tokens/s of stage 1 beside the transformers Trainer's"),
     "adapters": Scenario(Bench.adapters, "tokens/s and losses of all adapters in one pass beside PEFT's"),
     "resuming": Scenario(Bench.resuming, "stopped and resumed against unbroken, bit for bit"),
+    "workers": Scenario(Bench.workers, "two workers against one: seconds, losses, weights"),
 }
 
 
