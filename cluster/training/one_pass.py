@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from cluster.config import AdapterSettings
 from cluster.lora.weights import AdapterWeights
 from cluster.model.base import Base
 from cluster.training.data import BatchPlan, Example
+from cluster.training.early_stop import EarlyStop
 from cluster.training.grouped_lora import AdapterShape, GroupedAdapters
 from cluster.training.optimization import Optimizer, Training, load_checkpoint, save_checkpoint
 from cluster.training.passes import OnePass, arrange, summed_by_domain
@@ -36,10 +38,16 @@ class Fitted:
 
 
 class _Learner:
-    """One domain: its batches, and its training."""
+    """One domain: its batches, its training, and when it ends."""
 
     def __init__(
-        self, domain: str, examples: Sequence[Example], settings: AdapterSettings, adapters: GroupedAdapters, seed: int
+        self,
+        domain: str,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        settings: AdapterSettings,
+        adapters: GroupedAdapters,
+        seed: int,
     ) -> None:
         self.domain, self._settings = domain, settings
         self._plan = BatchPlan(examples, settings.tokens_per_batch, pad_id=0, learn_prompts=False, seed=seed)
@@ -47,15 +55,36 @@ class _Learner:
             {"factors": adapters.parameter(domain)}, settings.learning_rate, settings.num_steps, keep_gradients=True
         )
         self.training = Training(domain, optimizer)
+        self.held_out = held_out
+        watches = settings.patience is not None and len(held_out) > 0
+        self.early_stop = EarlyStop(adapters.parameter(domain), settings.patience or 1) if watches else None
 
     @property
     def is_learning(self) -> bool:
+        is_over = self.early_stop is not None and self.early_stop.is_over
         is_learned = self.training.is_learned(self._settings.learned_loss)
-        return self.training.num_steps < self._settings.num_steps and not is_learned
+        return self.training.num_steps < self._settings.num_steps and not is_learned and not is_over
+
+    @property
+    def is_to_be_measured(self) -> bool:
+        """Whether its held-out rows say something now: every so many steps, and at its end."""
+        is_due = self.training.num_steps % self._settings.validate_every_steps == 0 or not self.is_learning
+        return self.early_stop is not None and is_due
 
     def examples(self) -> list[Example]:
         """The batch of its next step."""
         return [example for row in self._plan.rows(self.training.num_steps) for example in row]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a resumed run needs."""
+        stop = {} if self.early_stop is None else self.early_stop.tensors(f"{self.domain}:|")
+        return self.training.tensors(f"{self.domain}:") | stop
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `tensors`."""
+        self.training.load_tensors(tensors, f"{self.domain}:")
+        if self.early_stop is not None:
+            self.early_stop.load_tensors(tensors, f"{self.domain}:|")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +99,14 @@ class FitSettings:
 
 
 def fit_adapters(
-    base: Base, examples: Mapping[str, Sequence[Example]], settings: FitSettings, run: Run
+    base: Base,
+    examples: Mapping[str, Sequence[Example]],
+    settings: FitSettings,
+    run: Run,
+    held_out: Mapping[str, Sequence[Example]] | None = None,
 ) -> dict[str, Fitted]:
     """Fit an adapter for each domain on its examples: on several workers, those that are this one's. The base is
-    afterwards what it was.
+    afterwards what it was. `held_out` is what a domain with patience is measured on.
 
     Raises `InvalidData` when a domain has no examples, `InvalidInput` when a target is no layer of the base.
     """
@@ -82,8 +115,12 @@ def fit_adapters(
     adapters = GroupedAdapters(base.model)
     for domain, own in options.items():
         adapters.add(domain, AdapterShape(own.rank, own.alpha, own.targets), settings.seed)
-    learners = [_Learner(d, examples[d], options[d], adapters, settings.seed) for d in mine]
+    held_out = held_out or {}
+    learners = [_Learner(d, examples[d], held_out.get(d, ()), options[d], adapters, settings.seed) for d in mine]
     _fit(OnePass(base.model, adapters), learners, settings, run)
+    for learner in learners:
+        if learner.early_stop is not None:
+            learner.early_stop.finish()
     return {
         learner.domain: Fitted(
             adapters.weights(learner.domain, base.fingerprint), learner.training.num_steps, learner.training.loss
@@ -106,11 +143,18 @@ def mean_losses(
     for domain, weights in adapters.items():
         grouped.add_weights(domain, weights)
     one_pass = OnePass(base.model, grouped)
-    losses = dict.fromkeys(examples, 0.0)
     with one_pass.open():
-        for batch in arrange(examples, tokens_per_pass):
-            for domain, value in summed_by_domain(one_pass.losses(batch), batch).items():
-                losses[domain] += float(value)
+        return _mean_losses(one_pass, examples, tokens_per_pass)
+
+
+@torch.no_grad()
+def _mean_losses(
+    one_pass: OnePass, examples: Mapping[str, Sequence[Example]], tokens_per_pass: int
+) -> dict[str, float]:
+    losses = dict.fromkeys(examples, 0.0)
+    for batch in arrange(examples, tokens_per_pass):
+        for domain, value in summed_by_domain(one_pass.losses(batch), batch).items():
+            losses[domain] += float(value)
     return {d: losses[d] / sum(len(e.ids) - e.num_prompt_tokens for e in row) for d, row in examples.items() if row}
 
 
@@ -126,7 +170,7 @@ def _fit(one_pass: OnePass, learners: Sequence[_Learner], settings: FitSettings,
     if (checkpoint := run.restore()) is not None:
         done, tensors = load_checkpoint(checkpoint)
         for learner in learners:
-            learner.training.load_tensors(tensors, f"{learner.domain}:")
+            learner.load_tensors(tensors)
         run.say(f"resuming the adapters at step {done}")
     run.start(settings.title, max((settings.adapters.of(learner.domain).num_steps for learner in learners), default=0))
     with one_pass.open():
@@ -138,7 +182,7 @@ def _fit(one_pass: OnePass, learners: Sequence[_Learner], settings: FitSettings,
             tensors = {}
             for learner in learners:
                 learner.training.keep()
-                tensors |= learner.training.tensors(f"{learner.domain}:")
+                tensors |= learner.tensors()
             run.checkpoint(partial(save_checkpoint, step=done, tensors=tensors, rank=run.workers.rank))
 
 
@@ -167,7 +211,19 @@ def _step(one_pass: OnePass, learners: Sequence[_Learner], tokens_per_pass: int,
         for domain, value in sums.items():
             losses[domain] += float(value.detach()) / num_labels[domain]
         num_tokens += len(batch.ids_T)
+    to_measure = []
     for learner in learners:
         if (went_back := learner.training.step(losses[learner.domain])) is not None:
             run.say(went_back)
+        elif learner.is_to_be_measured:
+            to_measure.append(learner)
+    _validate(one_pass, to_measure, tokens_per_pass)
     return num_tokens
+
+
+def _validate(one_pass: OnePass, learners: Sequence[_Learner], tokens_per_pass: int) -> None:
+    held_out = {learner.domain: learner.held_out for learner in learners}
+    losses = _mean_losses(one_pass, held_out, tokens_per_pass)
+    for learner in learners:
+        assert learner.early_stop is not None
+        learner.early_stop.tell(losses[learner.domain])

@@ -13,7 +13,7 @@ from cluster.lora.store import write_version
 from cluster.lora.weights import AdapterWeights
 from cluster.model.base import Base
 from cluster.training.artifacts import publish_for_base, published_base
-from cluster.training.data import DataSet, encode, read_data
+from cluster.training.data import DataSet, Example, encode, read_data
 from cluster.training.one_pass import FitSettings, Fitted, fit_adapters, mean_losses
 from cluster.training.provenance import provenance
 from cluster.training.run import Run
@@ -33,7 +33,8 @@ def train_adapters(settings: StageSettings, run: Run) -> None:
         for domain in data.domains
     }
     how = FitSettings(options, recipe.seed, recipe.checkpoint_every_steps, f"2/4 {len(examples)} adapters")
-    fitted = fit_adapters(base, examples, how, run)
+    held_out = {domain: _held_out(base, data, domain, settings) for domain in data.domains}
+    fitted = fit_adapters(base, examples, how, run, held_out)
     made = provenance("adapters", settings)
 
     def write() -> dict[str, int]:
@@ -46,7 +47,7 @@ def train_adapters(settings: StageSettings, run: Run) -> None:
     written = _united(run.workers.each(write))
     if run.workers.is_first:
         publish_for_base(catalog, Change(adapters=written), state.base)
-    changes = _united(run.workers.each(lambda: _losses(base, fitted, data, settings)))
+    changes = _united(run.workers.each(lambda: _losses(base, fitted, held_out)))
     if run.workers.is_first:
         lines = [f"{domain} {changes[domain]}" for domain in sorted(changes)]
         run.say(f"published {len(written)} adapters; validation loss, base -> adapter: {', '.join(lines)}")
@@ -67,9 +68,13 @@ def publish_adapter(root: Path, domain: str, weights: AdapterWeights, base_name:
     )
 
 
-def _losses(base: Base, fitted: Mapping[str, Fitted], data: DataSet, settings: StageSettings) -> dict[str, str]:
-    limit, max_tokens = settings.recipe.val_rows_per_domain, settings.recipe.adapters.max_tokens
-    examples = {domain: encode(base.tokenizer, data.rows("val", domain, limit), max_tokens) for domain in fitted}
+def _held_out(base: Base, data: DataSet, domain: str, settings: StageSettings) -> list[Example]:
+    rows = data.rows("val", domain, settings.recipe.val_rows_per_domain)
+    return encode(base.tokenizer, rows, settings.recipe.adapters.max_tokens)
+
+
+def _losses(base: Base, fitted: Mapping[str, Fitted], held_out: Mapping[str, Sequence[Example]]) -> dict[str, str]:
+    examples = {domain: held_out[domain] for domain in fitted}
     before = mean_losses(base, {}, examples)
     after = mean_losses(base, {domain: one.weights for domain, one in fitted.items()}, examples)
     return {domain: f"{before[domain]:.2f} -> {after[domain]:.2f}" for domain in before}

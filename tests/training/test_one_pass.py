@@ -19,7 +19,7 @@ from cluster.model.base import Base
 from cluster.training.data import BatchPlan, Example
 from cluster.training.documents import takes_documents
 from cluster.training.grouped_lora import AdapterShape, GroupedAdapters
-from cluster.training.one_pass import FitSettings, Fitted, fit_adapters, mean_losses
+from cluster.training.one_pass import FitSettings, Fitted, _mean_losses, fit_adapters, mean_losses
 from cluster.training.optimization import wsd
 from cluster.training.passes import OnePass, Pass, arrange, summed_by_domain
 from tests.lora.adapters import random_adapter
@@ -249,6 +249,46 @@ def test_a_rate_that_cannot_be_ends_with_the_name_of_its_domain(tmp_path: Path) 
     with pytest.raises(InvalidInput, match="loss of math is no finite number at step"):
         fit_adapters(_base(_nano()), EXAMPLES, settings, run)
     assert [text.rpartition(" at ")[2] for text in run.said] == [f"1/{n} of the rate" for n in (2, 4, 8)]
+
+
+def test_patience_ends_a_domain_at_its_best_weights_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = _base(_nano())
+    # One example that is learned by heart, and held-out ones that are soon forgotten over it.
+    examples = {**EXAMPLES, "math": EXAMPLES["math"][:1]}
+    held_out = {"math": EXAMPLES["sql"][:6], "sql": EXAMPLES["math"][:6]}
+    own = {"num_steps": 60, "learning_rate": 0.03, "patience": 2}
+    domains = {**SETTINGS.domains, "math": DomainAdapterSettings(**own)}
+    adapters = SETTINGS.model_copy(update={"domains": domains, "validate_every_steps": 3})
+    settings = FitSettings(adapters, seed=3, checkpoint_every_steps=4)
+    measured: list[float] = []
+
+    def keeps(*arguments: Any) -> dict[str, float]:
+        losses = _mean_losses(*arguments)
+        assert losses.keys() <= {"math"}, "only a domain with patience is measured"
+        measured.extend(losses.values())
+        return losses
+
+    monkeypatch.setattr(one_pass_module, "_mean_losses", keeps)
+    fitted = fit_adapters(base, examples, settings, FolderRun(tmp_path / "whole"), held_out)
+    monkeypatch.undo()
+    best = measured.index(min(measured))
+    assert len(measured) == best + 3, "two were no better"
+    assert fitted["math"].num_steps == 3 * len(measured) < 60
+    weights = {"math": fitted["math"].weights}
+    assert mean_losses(base, weights, {"math": held_out["math"]})["math"] == pytest.approx(min(measured), rel=1e-5)
+    # The others do not notice; and a run that is killed goes the same way.
+    without = adapters.model_copy(
+        update={"domains": {**domains, "math": DomainAdapterSettings(**own | {"patience": None})}}
+    )
+    longer = fit_adapters(base, examples, FitSettings(without, 3, 4), FolderRun(tmp_path / "longer"), held_out)
+    assert longer["math"].num_steps == 60
+    assert not any(_differ(fitted[domain], longer[domain]) for domain in ("law", "sql"))
+    with pytest.raises(Stopped):
+        fit_adapters(base, examples, settings, FolderRun(tmp_path / "broken", stop_after=8), held_out)
+    resumed = fit_adapters(base, examples, settings, FolderRun(tmp_path / "broken"), held_out)
+    assert not any(_differ(resumed[domain], fitted[domain]) for domain in EXAMPLES)
 
 
 def _differ(one: Fitted, other: Fitted) -> bool:
