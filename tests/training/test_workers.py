@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.config import BaseSettings
 from cluster.errors import InvalidInput
 from cluster.model import ZephyraFusionForCausalLM
+from cluster.training.documents import documents
 from cluster.training.one_pass import FitSettings, Fitted, fit_adapters
 from cluster.training.run import Run
-from cluster.training.sharding import whole_model
-from cluster.training.stage_base import fit_base
+from cluster.training.sharding import shard, whole, whole_model
+from cluster.training.stage_base import _backward, fit_base
 from cluster.training.workers import Workers, balanced
 from tests.model.nano import nano_model
 from tests.training.rows import nano_tokenizer, some_examples
@@ -59,6 +60,17 @@ def _fit_base(run: Run) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in whole.named_parameters()}
 
 
+def _gradients(workers: Workers) -> dict[str, Tensor]:
+    """Of the mean loss of some rows of many lengths, divided among the workers."""
+    model: Any = _model()
+    if workers.shards_base:
+        shard(model)
+    with documents(model) as takes_lengths:
+        loss = _backward(model, some_examples(nano_tokenizer(), 7), workers, takes_lengths)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**whole(gradients), "loss": torch.tensor(loss)}
+
+
 def _fit_adapters(run: Run) -> dict[str, Tensor]:
     return _tensors(
         fit_adapters(_base(_model()), EXAMPLES, FitSettings(SETTINGS, seed=3, checkpoint_every_steps=3), run)
@@ -85,6 +97,8 @@ def _work(rank: int, folder: Path) -> None:
     """What one of the two processes does."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for shards in (False, True):
+        save_file(_gradients(Workers(rank, 2, shards)), folder / f"gradients-{shards}-{rank}")
     for kind, (fit, shards) in KINDS.items():
         workers = Workers(rank, 2, shards)
         save_file(fit(_Run(folder / f"{kind} whole", workers=workers)), folder / f"{kind}-whole-{rank}")
@@ -117,6 +131,22 @@ def _read(folder: Path, name: str) -> list[dict[str, Tensor]]:
     return [load_file(folder / f"{name}-{rank}") for rank in (0, 1)]
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_gradients_are_those_of_the_mean_over_all_tokens(shards: bool, two: Path) -> None:
+    examples, model = some_examples(nano_tokenizer(), 7), _model()
+    # Written out: each document alone, every token with the same weight.
+    losses = []
+    for example in examples:
+        ids = torch.tensor(example.ids)
+        losses.append(nn.functional.cross_entropy(model(input_ids=ids[None, :-1]).logits[0], ids[1:], reduction="sum"))
+    mean = torch.stack(losses).sum() / sum(len(example.ids) - 1 for example in examples)
+    mean.backward()
+    for part in _read(two, f"gradients-{shards}"):
+        torch.testing.assert_close(part["loss"], mean.detach())
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(part[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["data-parallel base", "sharded base"])
 def test_a_base_by_two_workers_is_that_of_one_but_for_rounding(kind: str, two: Path, tmp_path: Path) -> None:
     alone = _fit_base(FolderRun(tmp_path / "alone"))
@@ -140,9 +170,9 @@ def test_adapters_by_two_workers_are_those_of_one_bit_for_bit(two: Path, tmp_pat
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_workers_killed_and_resumed_are_unbroken_bit_for_bit(kind: str, two: Path) -> None:
-    for whole, resumed in zip(_read(two, f"{kind}-whole"), _read(two, f"{kind}-resumed"), strict=True):
-        assert whole.keys() == resumed.keys()
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for unbroken, resumed in zip(_read(two, f"{kind}-whole"), _read(two, f"{kind}-resumed"), strict=True):
+        assert unbroken.keys() == resumed.keys()
+        assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
 
 
 def test_one_worker_goes_on_from_the_checkpoint_of_two(two: Path) -> None:
