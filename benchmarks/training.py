@@ -22,6 +22,7 @@ from benchmarks.figures import Measurement, Measurements, interleaved, paired_ra
 from benchmarks.report import in_words, result_line
 from benchmarks.system import num_cores
 from benchmarks.training_peers import Plan, train_with_peft, train_with_trainer
+from benchmarks.training_workers import Work, compare
 from cluster.config import CHECKOUT, AdapterSettings, BaseSettings
 from cluster.lora.weights import AdapterWeights
 from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
@@ -32,6 +33,7 @@ from cluster.training.data import BatchPlan, Example, encode, read_data
 from cluster.training.grouped_lora import AdapterShape, GroupedAdapters
 from cluster.training.one_pass import FitSettings, fit_adapters, mean_losses
 from cluster.training.stage_base import fit_base
+from cluster.training.workers import Workers
 
 _DATA = CHECKOUT.parent / "shared" / "data" / "domains"
 _PASSES_PER_STEP = (1, 2, 4)
@@ -162,6 +164,13 @@ class Bench:
         same = same and all(_are_equal(unbroken[domain], weights) for domain, weights in parts[-1].items())
         return {"resume_identical": Measurement((float(same),))}
 
+    def workers(self) -> Measurements:
+        """One worker over two by seconds, and how far their results are apart. Few steps: each is run six times."""
+        base = self.effort.base.model_copy(update={"num_steps": min(12, self.effort.base.num_steps)})
+        adapters = self.effort.adapters.model_copy(update={"num_steps": min(2, self.effort.adapters.num_steps)})
+        work = Work(self.start, self.base().model, self.tokenizer, self.train, base, adapters)
+        return compare(work, self.effort.rounds)
+
     def _all_examples(self) -> list[Example]:
         return [example for examples in self.train.values() for example in examples]
 
@@ -210,7 +219,8 @@ class _Stopped(Exception):
 class _Run:
     """A run without a terminal; given a folder, it keeps checkpoints there, and may be stopped after the first."""
 
-    def __init__(self, folder: Path | None = None, stops: bool = False) -> None:
+    def __init__(self, folder: Path | None = None, stops: bool = False, workers: Workers | None = None) -> None:
+        self.workers = workers or Workers()
         self._folder, self._stops = folder, stops
 
     def start(self, title: str, num_steps: int) -> None:
@@ -269,6 +279,7 @@ SCENARIOS = {
     "pretraining": Scenario(Bench.pretraining, "tokens/s of stage 1 beside the transformers Trainer's"),
     "adapters": Scenario(Bench.adapters, "tokens/s and losses of all adapters in one pass beside PEFT's"),
     "resuming": Scenario(Bench.resuming, "stopped and resumed against unbroken, bit for bit"),
+    "workers": Scenario(Bench.workers, "two workers against one: seconds, losses, weights"),
 }
 
 

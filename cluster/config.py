@@ -128,6 +128,7 @@ class DomainAdapterSettings(_Settings):
     tokens_per_batch: int | None = Field(default=None, ge=64)
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     learned_loss: float | None = Field(default=None, ge=0)
+    patience: int | None = Field(default=None, ge=1)
 
 
 class AdapterSettings(_Settings):
@@ -151,6 +152,11 @@ class AdapterSettings(_Settings):
     """Peak rate of AdamW."""
     learned_loss: float = Field(default=0.005, ge=0)
     """A domain whose mean loss over eight steps lies below this is learned and takes no further steps."""
+    patience: int | None = Field(default=None, ge=1)
+    """So many measurements in a row on the validation rows that are no better end a domain, at its best weights; None
+    measures none."""
+    validate_every_steps: int = Field(default=10, ge=1)
+    """With `patience`: steps of a domain between two measurements."""
     domains: dict[str, DomainAdapterSettings] = {}
     """Domains that have something of their own."""
 

@@ -18,15 +18,16 @@ import pydantic
 import ray
 import ray.train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.config import StageSettings
 from cluster.environment import ray_address
 from cluster.errors import InvalidInput, ZephyraError
-from cluster.training import STAGES
+from cluster.training import DIVISIBLE, STAGES
 from cluster.training.pipeline import run_all
 from cluster.training.recipes import recipe
 from cluster.training.tracking import FOLDER, EventLog
+from cluster.training.workers import Workers
 
 _REPORT_EVERY_S = 5.0
 
@@ -34,7 +35,8 @@ _REPORT_EVERY_S = 5.0
 class TrainRun:
     """A stage inside a Ray Train worker: one line of progress now and then, checkpoints kept by Ray Train."""
 
-    def __init__(self, stage: str, events: EventLog) -> None:
+    def __init__(self, stage: str, events: EventLog, workers: Workers) -> None:
+        self.workers = workers
         self._stage, self._events = stage, events
         self._title, self._num_steps = "", 0
         self._started_s = self._reported_s = time.monotonic()
@@ -51,13 +53,16 @@ class TrainRun:
         if now - self._reported_s < _REPORT_EVERY_S and step != self._num_steps:
             return
         self._reported_s = now
-        left_s = (now - self._started_s) / step * (self._num_steps - step)
+        left_s = (now - self._started_s) / step * max(0, self._num_steps - step)
         values = "  ".join(f"{name} {value:,.3g}" for name, value in metrics.items())
-        print(f"{self._title}: step {step}/{self._num_steps}  {values}  {left_s:.0f} s left", flush=True)
-        ray.train.report(self._metrics)
+        self.say(f"{self._title}: step {step}/{self._num_steps}  {values}  {left_s:.0f} s left")
+        # Several would wait here for one another, and are not at the same step: those tell theirs with a checkpoint.
+        if self.workers.count == 1:
+            ray.train.report(self._metrics)
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        who = "" if self.workers.is_first else f"worker {self.workers.rank}: "
+        print(f"{who}{text}", flush=True)
 
     def checkpoint(self, save: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -78,20 +83,40 @@ def _train(config: dict[str, Any]) -> str | None:
     try:
         settings = StageSettings.model_validate_json(config["settings"])
         stage = config["stage"]
-        with closing(EventLog(settings.root / FOLDER / f"{stage}-{settings.mark}")) as events:
-            STAGES[stage](settings, TrainRun(stage, events))
+        context = ray.train.get_context()
+        workers = Workers(context.get_world_rank(), context.get_world_size(), config["shards_base"])
+        curves = f"{stage}-{settings.mark}" if workers.is_first else f"{stage}-{settings.mark}-{workers.rank}"
+        with closing(EventLog(settings.root / FOLDER / curves)) as events:
+            STAGES[stage](settings, TrainRun(stage, events, workers))
     except ZephyraError as error:
         return str(error)
     return None
 
 
-def fit(stage: str, settings: StageSettings, run_name: str, num_cpus: float) -> None:
-    """Run one stage on the cluster and wait for it. Raises `InvalidInput` with the stage's own reason if it refused."""
+def fit(
+    stage: str,
+    settings: StageSettings,
+    run_name: str,
+    num_cpus: float,
+    num_workers: int = 1,
+    shards_base: bool = False,
+) -> None:
+    """Run one stage on the cluster and wait for it. Raises `InvalidInput` with the stage's own reason if it refused.
+
+    Each of the workers reserves so many CPUs; a stage that cannot be divided runs on one. `shards_base`: stage base
+    keeps a part of the weights and moments on each, by FSDP.
+    """
+    if num_workers < 1:
+        raise InvalidInput(f"--workers is {num_workers}; expected 1 or more.")
+    if num_workers > 1 and stage not in DIVISIBLE:
+        print(f"stage {stage} runs on one worker; only {' and '.join(DIVISIBLE)} can be divided", flush=True)
+        num_workers = 1
     train: Any = _train  # what it returns is kept in the result, though its type says that it returns nothing
     trainer = TorchTrainer(
         train,
-        train_loop_config={"stage": stage, "settings": settings.model_dump_json()},
-        scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": num_cpus}),
+        train_loop_config={"stage": stage, "settings": settings.model_dump_json(), "shards_base": shards_base},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": num_cpus}),
         run_config=RunConfig(
             name=f"{run_name}-{stage}-{settings.mark}",
             storage_path=str(settings.root / "runs"),
@@ -111,10 +136,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = _settings(options)
         ray.init(address=ray_address() or "local", ignore_reinit_error=True)
+
+        def run_stage(stage: str) -> None:
+            fit(stage, settings, options.run_name, options.cpus, options.workers, options.shard_base)
+
         if options.stage == "all":
-            run_all(settings, lambda stage: fit(stage, settings, options.run_name, options.cpus), again=True)
+            run_all(settings, run_stage, again=True)
         else:
-            fit(options.stage, settings, options.run_name, options.cpus)
+            run_stage(options.stage)
     except ZephyraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -132,7 +161,11 @@ def parser() -> argparse.ArgumentParser:
         "--base", help="absolute folder or hub id of a base: stage base takes it over, and trains none"
     )
     command.add_argument("--run-name", default=time.strftime("%Y%m%d-%H%M%S"), help="the same name resumes a run")
-    command.add_argument("--cpus", type=float, default=1.0, help="CPUs that the worker reserves, and its threads")
+    command.add_argument("--cpus", type=float, default=1.0, help="CPUs that each worker reserves, and its threads")
+    command.add_argument("--workers", type=int, default=1, help="workers of stages base and adapters")
+    command.add_argument(
+        "--shard-base", action="store_true", help="with --workers: base's weights and moments in parts, by FSDP"
+    )
     return command
 
 

@@ -44,3 +44,6 @@ STAGES: dict[str, Callable[["StageSettings", "Run"], None]] = {
     "joint": _joint,
 }
 """The stages in their order."""
+
+DIVISIBLE = ("base", "adapters")
+"""Stages that several workers can run together; the others fit what is whole, in seconds, on one."""

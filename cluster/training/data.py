@@ -218,12 +218,13 @@ class BatchPlan:
         self._batches: list[list[list[int]]] = []
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step; steps are asked for in ascending order (any step may be the first)."""
+        """The batch of a step; going back to an earlier one begins at the first epoch again."""
         return collate(self.rows(step), self._pad_id, self._learn_prompts)
 
     def rows(self, step: int) -> list[list[Example]]:
         """The same as examples: those of each row."""
-        assert step >= self._first_step, "steps are asked for in ascending order"
+        if step < self._first_step:
+            self._epoch, self._first_step, self._batches = -1, 0, []
         while step >= self._first_step + len(self._batches):
             self._first_step += len(self._batches)
             self._epoch += 1

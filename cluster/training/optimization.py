@@ -1,15 +1,25 @@
-"""One optimizer step and the state that a checkpoint must hold. Knows nothing of what is trained.
+"""Optimizer steps, what is done where one fails, and the state that a checkpoint must hold. Knows nothing of what is
+trained.
 
 AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) under a warm-up, stable, decay schedule (WSD: Hu et al. 2024,
 arXiv 2404.06395).
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cluster.errors import InvalidInput
+from cluster.training.sharding import spread_like, whole
+
+_RECENT_STEPS = 8
+"""Steps whose mean loss says whether something is learned."""
+_MAX_ROLLBACKS = 3
 
 
 def wsd(step: int, num_steps: int, warmup_share: float = 0.03, decay_share: float = 0.3) -> float:
@@ -40,17 +50,29 @@ class Optimizer:
             [group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.95), fused=True
         )
 
-    def step(self, step: int) -> None:
-        """Apply the gradients that lie on the parameters as step `step` of the schedule, and clear them."""
-        rate = self._learning_rate * wsd(step, self._num_steps)
+    def step(self, step: int, rate_factor: float = 1.0) -> bool:
+        """Apply the gradients that lie on the parameters as step `step` of the schedule, and clear them.
+
+        False where they are not finite: then they are only cleared.
+        """
         for group in self._adamw.param_groups:
-            group["lr"] = rate
-        nn.utils.clip_grad_norm_(self._parameters.values(), 1.0, foreach=True)
-        self._adamw.step()
+            group["lr"] = self._learning_rate * rate_factor * wsd(step, self._num_steps)
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), 1.0, foreach=True)
+        is_finite = bool(torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+        if is_finite:
+            self._adamw.step()
+        self.clear()
+        return is_finite
+
+    def clear(self) -> None:
+        """Drop the gradients that lie on the parameters."""
         self._adamw.zero_grad(set_to_none=not self._keep_gradients)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Parameters and moments by name: all that a resumed run needs beside the number of the step."""
+        """Parameters and moments by name: all that a resumed run needs beside the number of the step.
+
+        In pieces on the workers where the parameters are.
+        """
         out = {}
         for name, parameter in self._parameters.items():
             out[f"{prefix}{name}"] = parameter.detach().clone()
@@ -62,19 +84,100 @@ class Optimizer:
         """The inverse of `tensors`."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.copy_(tensors[f"{prefix}{name}"])
+                parameter.copy_(spread_like(tensors[f"{prefix}{name}"], parameter))
                 start = f"{prefix}{name}|"
-                state = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-                if state:
-                    self._adamw.state[parameter] = state
+                # Copies, since the optimizer changes them in place.
+                self._adamw.state[parameter] = {
+                    key.removeprefix(start): spread_like(value, parameter).clone()
+                    for key, value in tensors.items()
+                    if key.startswith(start)
+                }
 
 
-def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint: safetensors, nothing pickled."""
-    save_file({**tensors, "_step": torch.tensor(step)}, folder / "checkpoint.safetensors")
+class Training:
+    """The steps of one optimizer so far. A loss or gradient that is no finite number takes it back to where it was kept
+    last, at half the rate.
+    """
+
+    def __init__(self, name: str, optimizer: Optimizer) -> None:
+        """`name`: what people are told is trained."""
+        self.name, self._optimizer = name, optimizer
+        self.num_steps = 0
+        self._num_rollbacks = 0
+        self._recent = torch.full((_RECENT_STEPS,), math.inf, dtype=torch.float64)
+        self.keep()
+
+    @property
+    def loss(self) -> float:
+        """Mean of the last eight losses, or of as many as there are; not a number before the first."""
+        return float(self._recent[torch.isfinite(self._recent)].mean())
+
+    def is_learned(self, loss: float) -> bool:
+        """Whether the mean of the last eight losses lies below this one."""
+        return float(self._recent.mean()) < loss
+
+    def step(self, loss: float) -> str | None:
+        """Apply the gradients of a batch of this mean loss; or go back, and return the sentence that says so.
+
+        Raises `InvalidInput` the fourth time.
+        """
+        if math.isfinite(loss) and self._optimizer.step(self.num_steps, 0.5**self._num_rollbacks):
+            self._recent[self.num_steps % _RECENT_STEPS] = loss
+            self.num_steps += 1
+            return None
+        return self._roll_back()
+
+    def keep(self) -> None:
+        """Here a step that fails goes back to."""
+        self._kept = self._state()
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """All that a resumed run needs, in one piece: what was kept last is what it goes on from."""
+        return {f"{prefix}{name}": value for name, value in whole(self._kept).items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        """The inverse of `tensors`."""
+        self._load({name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
+        self.keep()
+
+    def _roll_back(self) -> str:
+        failed, num_rollbacks = self.num_steps, self._num_rollbacks + 1
+        if num_rollbacks > _MAX_ROLLBACKS:
+            raise InvalidInput(
+                f"The loss of {self.name} is no finite number at step {failed + 1}, even at an eighth of the rate; "
+                "give it a lower learning_rate, or look for broken rows in its data."
+            )
+        self._optimizer.clear()
+        self._load(self._kept)
+        self._num_rollbacks = num_rollbacks
+        self._kept["|num_rollbacks"] = torch.tensor(num_rollbacks)
+        return (
+            f"{self.name}: the loss of step {failed + 1} is no finite number; back to step {self.num_steps}, "
+            f"at 1/{2**num_rollbacks} of the rate"
+        )
+
+    def _state(self) -> dict[str, Tensor]:
+        return {
+            **self._optimizer.tensors(),
+            "|recent": self._recent.clone(),
+            "|num_steps": torch.tensor(self.num_steps),
+            "|num_rollbacks": torch.tensor(self._num_rollbacks),
+        }
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        self._optimizer.load_tensors(state)
+        self._recent = state["|recent"].clone()
+        self.num_steps, self._num_rollbacks = int(state["|num_steps"]), int(state["|num_rollbacks"])
+
+
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], rank: int = 0) -> None:
+    """Write a checkpoint, or one worker's part of it: safetensors, nothing pickled."""
+    save_file({**tensors, "_step": torch.tensor(step)}, folder / f"checkpoint-{rank}.safetensors")
 
 
 def load_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor]]:
-    """The number of steps done, and the tensors."""
-    tensors = load_file(folder / "checkpoint.safetensors")
+    """The number of steps done, and the tensors of all parts: another number of workers may go on from them."""
+    tensors = {
+        name: value for file in folder.glob("checkpoint-*.safetensors") for name, value in load_file(file).items()
+    }
     return int(tensors.pop("_step")), tensors

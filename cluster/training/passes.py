@@ -39,18 +39,31 @@ class Pass:
 def arrange(rows: Mapping[str, Sequence[Example]], tokens_per_pass: int, learn_prompts: bool = False) -> list[Pass]:
     """Every domain's examples in their order, in passes of at most so many tokens, or of one longer example.
 
-    Responses are to be predicted, and prompts too if `learn_prompts`.
+    A domain is divided as if it were alone, and passes are filled with its parts: so its sums are added up in the same
+    order whoever else learns. Responses are to be predicted, and prompts too if `learn_prompts`.
     """
-    groups: list[list[tuple[str, Example]]] = [[]]
+    passes: list[list[tuple[str, Example]]] = [[]]
     filled = 0
     for domain, examples in rows.items():
-        for example in examples:
-            if groups[-1] and filled + len(example.ids) - 1 > tokens_per_pass:
-                groups.append([])
+        for part, size in _parts(examples, tokens_per_pass):
+            if passes[-1] and filled + size > tokens_per_pass:
+                passes.append([])
                 filled = 0
-            groups[-1].append((domain, example))
-            filled += len(example.ids) - 1
-    return [_pass(group, learn_prompts) for group in groups if group]
+            passes[-1] += [(domain, example) for example in part]
+            filled += size
+    return [_pass(group, learn_prompts) for group in passes if group]
+
+
+def _parts(examples: Sequence[Example], most: int) -> list[tuple[list[Example], int]]:
+    """In their order, in parts of at most so many tokens, or of one longer example; with the tokens of each part."""
+    parts: list[tuple[list[Example], int]] = []
+    for example in examples:
+        size = len(example.ids) - 1
+        if parts and parts[-1][1] + size <= most:
+            parts[-1] = ([*parts[-1][0], example], parts[-1][1] + size)
+        else:
+            parts.append(([example], size))
+    return parts
 
 
 def _pass(group: Sequence[tuple[str, Example]], learn_prompts: bool) -> Pass:

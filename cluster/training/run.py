@@ -13,10 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cluster.training.tracking import EventLog
+from cluster.training.workers import Workers
 
 
 class Run(Protocol):
-    """The surroundings of one stage."""
+    """The surroundings of one stage, on one of its workers."""
+
+    workers: Workers
+    """Those that run the stage together."""
 
     def start(self, title: str, num_steps: int) -> None:
         """A part of the work begins that will take so many steps."""
@@ -28,7 +32,10 @@ class Run(Protocol):
         """A line for people: what was measured, published or decided."""
 
     def checkpoint(self, save: Callable[[Path], None]) -> None:
-        """Keep what `save` writes into the folder it is given, in place of the checkpoint before."""
+        """Keep what `save` writes into the folder it is given, in place of the checkpoint before.
+
+        All workers call it equally often; what they write, under names that differ, becomes one checkpoint.
+        """
 
     def restore(self) -> Path | None:
         """The folder of the newest checkpoint, None on a fresh start."""
@@ -39,6 +46,7 @@ class LocalRun:
 
     def __init__(self, name: str, folder: Path, console: Console, events: Path | None = None) -> None:
         """`events`: where the curves are kept; nowhere by default."""
+        self.workers = Workers()
         self._name, self._folder, self._console = name, folder, console
         self._events = EventLog(events) if events is not None else None
         self._progress: Progress | None = None

@@ -1,8 +1,8 @@
 """Stage 2: one adapter per domain, all over the same frozen base and in one pass, published in one generation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,10 +13,12 @@ from cluster.lora.store import write_version
 from cluster.lora.weights import AdapterWeights
 from cluster.model.base import Base
 from cluster.training.artifacts import publish_for_base, published_base
-from cluster.training.data import DataSet, encode, read_data
+from cluster.training.data import DataSet, Example, encode, read_data
 from cluster.training.one_pass import FitSettings, Fitted, fit_adapters, mean_losses
 from cluster.training.provenance import provenance
 from cluster.training.run import Run
+
+T = TypeVar("T")
 
 
 def train_adapters(settings: StageSettings, run: Run) -> None:
@@ -31,13 +33,28 @@ def train_adapters(settings: StageSettings, run: Run) -> None:
         for domain in data.domains
     }
     how = FitSettings(options, recipe.seed, recipe.checkpoint_every_steps, f"2/4 {len(examples)} adapters")
-    fitted = fit_adapters(base, examples, how, run)
+    held_out = {domain: _held_out(base, data, domain, settings) for domain in data.domains}
+    fitted = fit_adapters(base, examples, how, run, held_out)
     made = provenance("adapters", settings)
-    published = {
-        domain: publish_adapter(settings.root, domain, one.weights, base.name, made) for domain, one in fitted.items()
-    }
-    publish_for_base(catalog, Change(adapters=published), state.base)
-    _report(base, fitted, data, settings, run)
+
+    def write() -> dict[str, int]:
+        return {
+            domain: publish_adapter(settings.root, domain, one.weights, base.name, made)
+            for domain, one in fitted.items()
+        }
+
+    # Each worker writes what it fitted, and measures it; one publishes all in one generation.
+    written = _united(run.workers.each(write))
+    if run.workers.is_first:
+        publish_for_base(catalog, Change(adapters=written), state.base)
+    changes = _united(run.workers.each(lambda: _losses(base, fitted, held_out)))
+    if run.workers.is_first:
+        lines = [f"{domain} {changes[domain]}" for domain in sorted(changes)]
+        run.say(f"published {len(written)} adapters; validation loss, base -> adapter: {', '.join(lines)}")
+
+
+def _united(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
+    return {domain: value for part in parts for domain, value in part.items()}
 
 
 def publish_adapter(root: Path, domain: str, weights: AdapterWeights, base_name: str, made: Mapping[str, Any]) -> int:
@@ -51,13 +68,16 @@ def publish_adapter(root: Path, domain: str, weights: AdapterWeights, base_name:
     )
 
 
-def _report(base: Base, fitted: Mapping[str, Fitted], data: DataSet, settings: StageSettings, run: Run) -> None:
-    limit, max_tokens = settings.recipe.val_rows_per_domain, settings.recipe.adapters.max_tokens
-    examples = {domain: encode(base.tokenizer, data.rows("val", domain, limit), max_tokens) for domain in fitted}
+def _held_out(base: Base, data: DataSet, domain: str, settings: StageSettings) -> list[Example]:
+    rows = data.rows("val", domain, settings.recipe.val_rows_per_domain)
+    return encode(base.tokenizer, rows, settings.recipe.adapters.max_tokens)
+
+
+def _losses(base: Base, fitted: Mapping[str, Fitted], held_out: Mapping[str, Sequence[Example]]) -> dict[str, str]:
+    examples = {domain: held_out[domain] for domain in fitted}
     before = mean_losses(base, {}, examples)
     after = mean_losses(base, {domain: one.weights for domain, one in fitted.items()}, examples)
-    lines = [f"{domain} {before[domain]:.2f} -> {after[domain]:.2f}" for domain in before]
-    run.say(f"published {len(fitted)} adapters; validation loss, base -> adapter: {', '.join(lines)}")
+    return {domain: f"{before[domain]:.2f} -> {after[domain]:.2f}" for domain in before}
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -25,10 +25,12 @@ from cluster.training.data import BatchPlan, DataSet, Example, Row, encode, read
 from cluster.training.documents import documents
 from cluster.training.given_base import take_over_base
 from cluster.training.language_model import batches_by_length, summed_loss
-from cluster.training.optimization import Optimizer, load_checkpoint, save_checkpoint
+from cluster.training.optimization import Optimizer, Training, load_checkpoint, save_checkpoint
 from cluster.training.passes import arrange, token_losses
 from cluster.training.provenance import write_provenance
 from cluster.training.run import Run
+from cluster.training.sharding import shard, whole_model
+from cluster.training.workers import Workers
 
 _TOKENIZER_CHARACTERS = 20_000_000
 """The tokenizer's merges are counted on at most so much text, taken evenly from the domains."""
@@ -37,7 +39,8 @@ _TOKENIZER_CHARACTERS = 20_000_000
 def train_base(settings: StageSettings, run: Run) -> None:
     """Train the base of the recipe on the data's train split and publish it, or take over the one that is named."""
     if settings.base is not None:
-        take_over_base(settings.root, settings.base, run.say)
+        if run.workers.is_first:
+            take_over_base(settings.root, settings.base, run.say)
         return
     recipe, base = settings.recipe, settings.recipe.base
     if base.size not in SIZES:
@@ -54,8 +57,13 @@ def train_base(settings: StageSettings, run: Run) -> None:
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     model: PreTrainedModel = ZephyraFusionForCausalLM(config)
-    run.say(f"Zephyra Fusion '{base.size}': {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
+    if run.workers.is_first:
+        run.say(f"Zephyra Fusion '{base.size}': {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
     fit_base(model, encode(tokenizer, rows, base.max_tokens), base, recipe.seed, recipe.checkpoint_every_steps, run)
+    if run.workers.shards_base:
+        model = whole_model(model, ZephyraFusionForCausalLM(config))
+    if not run.workers.is_first:
+        return
     model.eval()
     version = write_version(settings.root / "base", lambda folder: _save(model, tokenizer, folder, settings))
     catalog = Catalog(settings.root)
@@ -90,30 +98,66 @@ def _texts(data: DataSet, settings: StageSettings) -> list[str]:
 def fit_base(
     model: PreTrainedModel, examples: Sequence[Example], settings: BaseSettings, seed: int, every: int, run: Run
 ) -> None:
-    """Train all weights of `model` on prompts and responses; a checkpoint after `every` so many steps."""
+    """Train all weights of `model` on prompts and responses; a checkpoint after `every` so many steps.
+
+    Several workers divide each batch, and each ends with the same weights: those that one worker gives, but for
+    rounding. Raises `InvalidInput` where the loss stays no finite number.
+    """
+    workers = run.workers
     plan = BatchPlan(examples, settings.tokens_per_batch, pad_id=0, learn_prompts=True, seed=seed)
+    if workers.shards_base:
+        shard(model)
     parameters = dict(model.named_parameters())
     optimizer = Optimizer(parameters, settings.learning_rate, settings.num_steps, settings.weight_decay)
-    first = 0
+    training = Training("base", optimizer)
     if (checkpoint := run.restore()) is not None:
-        first, tensors = load_checkpoint(checkpoint)
-        optimizer.load_tensors(tensors)
-        run.say(f"resuming the base at step {first}")
+        done, tensors = load_checkpoint(checkpoint)
+        training.load_tensors(tensors)
+        if workers.is_first:
+            run.say(f"resuming the base at step {done}")
     model.train()
     run.start("1/4 base", settings.num_steps)
     loss, tokens, since = math.nan, 0, time.perf_counter()
     with documents(model) as takes_lengths:
-        for step in range(first, settings.num_steps):
-            rows = [example for row in plan.rows(step) for example in row]
-            (batch,) = arrange({BASE_DOMAIN: rows}, sum(len(row.ids) for row in rows), learn_prompts=True)
-            value = token_losses(model, batch, takes_lengths).mean()
-            value.backward()
-            optimizer.step(step)
-            tokens += len(batch.ids_T)
-            loss = float(value.detach()) if math.isnan(loss) else 0.95 * loss + 0.05 * float(value.detach())
-            run.report(step + 1, {"loss": loss, "tokens/s": tokens / (time.perf_counter() - since)})
-            if (step + 1) % every == 0:
-                run.checkpoint(partial(save_checkpoint, step=step + 1, tensors=optimizer.tensors()))
+        while training.num_steps < settings.num_steps:
+            rows = [example for row in plan.rows(training.num_steps) for example in row]
+            value = _backward(model, rows, workers, takes_lengths)
+            if (went_back := training.step(value)) is not None:
+                if workers.is_first:
+                    run.say(went_back)
+                continue
+            tokens += sum(len(row.ids) - 1 for row in rows)
+            loss = value if math.isnan(loss) else 0.95 * loss + 0.05 * value
+            if workers.is_first:
+                run.report(training.num_steps, {"loss": loss, "tokens/s": tokens / (time.perf_counter() - since)})
+            if training.num_steps % every == 0:
+                training.keep()
+                # In one piece, and on one worker: any number of them may go on from it.
+                kept = training.tensors()
+                save = partial(save_checkpoint, step=training.num_steps, rank=workers.rank)
+                run.checkpoint(partial(save, tensors=kept if workers.is_first else {}))
+
+
+def _backward(model: PreTrainedModel, rows: Sequence[Example], workers: Workers, takes_lengths: bool) -> float:
+    """Put the gradients of the mean loss over the tokens of all rows on the weights, and return that loss.
+
+    Each worker reads a part of the rows; its tokens count as much as those of any other.
+    """
+    sizes = [len(row.ids) - 1 for row in rows]
+    mine = [rows[place] for place in workers.part(sizes)]
+    # One that has nothing to read takes part nevertheless, since layers in pieces are put together by all.
+    read, share = (mine, 1) if mine else (rows[:1], 0)
+    (batch,) = arrange({BASE_DOMAIN: read}, sum(sizes), learn_prompts=True)
+    loss = token_losses(model, batch, takes_lengths).sum() * (share / sum(sizes))
+    total = loss.detach().clone()
+    if workers.shards_base:
+        # FSDP takes the mean over the workers where the sum is wanted.
+        (loss * workers.count).backward()
+        workers.sum([total])
+    else:
+        loss.backward()
+        workers.sum([total, *(p.grad for p in model.parameters() if p.grad is not None)])
+    return float(total)
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, settings: StageSettings) -> None:

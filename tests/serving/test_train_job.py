@@ -1,17 +1,24 @@
 """A stage as a Ray Train job, on the shared cluster."""
 
+import shutil
+import time
 from pathlib import Path
+from threading import Thread
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.config import BaseSettings, Recipe, StageSettings
+from cluster.config import AdapterSettings, BaseSettings, Recipe, StageSettings
 from cluster.errors import InvalidInput
-from cluster.lora.catalog import Catalog
+from cluster.lora.catalog import Catalog, Change
+from cluster.training.stage_adapters import train_adapters
 from cluster.training.starter.generate import generate_starter
 from deployments.train import fit
 from tests.conftest import Served
+from tests.training.runs import FolderRun
+from tests.training.test_tracking import curves
 
 pytestmark = pytest.mark.ray
 
@@ -33,6 +40,48 @@ def test_a_stage_publishes_and_a_run_of_the_same_name_goes_on_from_its_checkpoin
     assert Catalog(root).load().base == 2
     first, second = (load_file(root / "base" / version / "model.safetensors") for version in ("1", "2"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_workers_one_of_them_killed_publish_what_one_does(served: Served, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    generate_starter(tmp_path / "data")
+    adapters = AdapterSettings(rank=2, num_steps=30, tokens_per_batch=128, learned_loss=0.0)
+    recipe = RECIPE.model_copy(update={"adapters": adapters, "checkpoint_every_steps": 3})
+    one, two = (
+        StageSettings(root=tmp_path / name, data=tmp_path / "data", recipe=recipe, name="test")
+        for name in ("one", "two")
+    )
+    fit("base", two, run_name="two", num_cpus=0.25, num_workers=2, shards_base=True)
+    shutil.copytree(two.root / "base", one.root / "base")
+    Catalog(one.root).publish(Change(base=1))
+    train_adapters(one, FolderRun(tmp_path / "run"))
+    killer = Thread(target=_kill_a_worker_after_a_checkpoint, args=(two.root / "runs",), daemon=True)
+    killer.start()
+    fit("adapters", two, run_name="two", num_cpus=0.25, num_workers=2)
+    killer.join(timeout=1)
+    # A file of curves for each time that the first worker began; the second time it went on from a checkpoint.
+    _, last = sorted((two.root / "events" / f"adapters-{two.mark}").iterdir())
+    (tmp_path / "last").mkdir()
+    shutil.copy(last, tmp_path / "last")
+    assert min(step for curve in curves(tmp_path / "last").values() for step in curve) > 3
+    state = Catalog(two.root).load()
+    assert state.generation == 2, "base, and all adapters at once"
+    assert state.adapters == Catalog(one.root).load().adapters
+    for domain in state.adapters:
+        ours, theirs = (
+            load_file(root / "adapters" / domain / "1" / "adapter_model.safetensors") for root in (one.root, two.root)
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+def _kill_a_worker_after_a_checkpoint(runs: Path) -> None:
+    """SIGKILL to the second of the two workers at the second checkpoint, when the first is surely kept."""
+    seen: set[str] = set()
+    while len(seen) < 2:
+        seen |= {file.parent.name for file in runs.glob("two-adapters-*/checkpoint_*/checkpoint-1.safetensors")}
+        time.sleep(0.02)
+    workers = [process for process in psutil.Process().children(recursive=True) if "TrainWorker" in process.name()]
+    max(workers, key=lambda process: process.create_time()).kill()
 
 
 def test_what_the_user_did_wrong_comes_back_as_it_was_said(served: Served, tmp_path: Path) -> None:

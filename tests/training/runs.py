@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from cluster.training.workers import Workers
+
 
 class Stopped(Exception):
     """What a test raises where a process would be killed."""
@@ -11,7 +13,8 @@ class Stopped(Exception):
 class FolderRun:
     """A run that keeps what it is told, and can be stopped right after a checkpoint."""
 
-    def __init__(self, folder: Path, stop_after: int | None = None) -> None:
+    def __init__(self, folder: Path, stop_after: int | None = None, workers: Workers | None = None) -> None:
+        self.workers = workers or Workers()
         self._folder, self._stop_after = folder, stop_after
         self.said: list[str] = []
         self.steps: list[int] = []

@@ -21,6 +21,7 @@ from cluster.training.data import collate, encode, read_data
 from cluster.training.given_base import take_over_base
 from cluster.training.language_model import batch_loss, mean_loss
 from cluster.training.trainable_lora import TrainableAdapters
+from cluster.training.workers import Workers
 from tests.model.foreign import ARCHITECTURES, CHATML, foreign_tokenizer, write_foreign
 from tests.model.shapes import small_model
 from tests.training.rows import some_examples, write_parquet
@@ -37,6 +38,7 @@ class QuietRun:
 
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.workers = Workers()
 
     def start(self, title: str, num_steps: int) -> None:
         pass

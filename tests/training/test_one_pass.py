@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
+import cluster.training.one_pass as one_pass_module
 from cluster.config import AdapterSettings, DomainAdapterSettings
 from cluster.errors import InvalidInput
 from cluster.lora.weights import AdapterWeights, Factors, adaptable_layers
@@ -18,9 +19,9 @@ from cluster.model.base import Base
 from cluster.training.data import BatchPlan, Example
 from cluster.training.documents import takes_documents
 from cluster.training.grouped_lora import AdapterShape, GroupedAdapters
-from cluster.training.one_pass import FitSettings, Fitted, fit_adapters, mean_losses
+from cluster.training.one_pass import FitSettings, Fitted, _mean_losses, fit_adapters, mean_losses
 from cluster.training.optimization import wsd
-from cluster.training.passes import OnePass, arrange
+from cluster.training.passes import OnePass, Pass, arrange, summed_by_domain
 from tests.lora.adapters import random_adapter
 from tests.model.nano import logits, nano_model, random_ids
 from tests.model.shapes import small_model
@@ -199,6 +200,103 @@ def test_a_domain_that_breaks_leaves_the_others_as_they_are(tmp_path: Path) -> N
     assert torch.equal(broken["sql"], whole["sql"])
     assert whole["sql"].abs().max() > 0
     assert not torch.isfinite(broken["math"]).all()
+
+
+def _breaking(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The loss of math is no number in its third batch, so many times."""
+    counts = {"batches": 0}
+
+    def poisoned(losses_M: Tensor, batch: Pass) -> dict[str, Tensor]:
+        sums = summed_by_domain(losses_M, batch)
+        if "math" in sums:
+            counts["batches"] += 1
+            if 3 <= counts["batches"] < 3 + times:
+                sums["math"] = sums["math"] * math.nan
+        return sums
+
+    monkeypatch.setattr(one_pass_module, "summed_by_domain", poisoned)
+
+
+def test_a_loss_that_is_no_number_takes_its_domain_back_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = _base(_nano())
+    settings = FitSettings(SETTINGS, seed=3, checkpoint_every_steps=2)
+    whole = fit_adapters(base, EXAMPLES, settings, FolderRun(tmp_path / "whole"))
+    _breaking(monkeypatch, times=1)
+    run = FolderRun(tmp_path / "poisoned")
+    poisoned = fit_adapters(base, EXAMPLES, settings, run)
+    assert run.said == ["math: the loss of step 3 is no finite number; back to step 2, at 1/2 of the rate"]
+    assert poisoned["math"].num_steps == STEPS["math"]
+    assert _differ(poisoned["math"], whole["math"])
+    for domain in ("law", "sql"):
+        assert not _differ(poisoned[domain], whole[domain])
+    # The halved rate is in the checkpoint.
+    _breaking(monkeypatch, times=1)
+    with pytest.raises(Stopped):
+        fit_adapters(base, EXAMPLES, settings, FolderRun(tmp_path / "broken", stop_after=4))
+    monkeypatch.undo()
+    resumed = fit_adapters(base, EXAMPLES, settings, FolderRun(tmp_path / "broken"))
+    assert not any(_differ(resumed[domain], poisoned[domain]) for domain in EXAMPLES)
+
+
+def test_a_rate_that_cannot_be_ends_with_the_name_of_its_domain(tmp_path: Path) -> None:
+    absurd = SETTINGS.domains["math"].model_copy(update={"learning_rate": 1e38})
+    run = FolderRun(tmp_path / "run")
+    settings = FitSettings(
+        SETTINGS.model_copy(update={"domains": {**SETTINGS.domains, "math": absurd}}), 3, checkpoint_every_steps=100
+    )
+    with pytest.raises(InvalidInput, match="loss of math is no finite number at step"):
+        fit_adapters(_base(_nano()), EXAMPLES, settings, run)
+    assert [text.rpartition(" at ")[2] for text in run.said] == [f"1/{n} of the rate" for n in (2, 4, 8)]
+
+
+def test_patience_ends_a_domain_at_its_best_weights_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = _base(_nano())
+    # One example that is learned by heart, and held-out ones that are soon forgotten over it.
+    examples = {**EXAMPLES, "math": EXAMPLES["math"][:1]}
+    held_out = {"math": EXAMPLES["sql"][:6], "sql": EXAMPLES["math"][:6]}
+    own = {"num_steps": 60, "learning_rate": 0.03, "patience": 2}
+    domains = {**SETTINGS.domains, "math": DomainAdapterSettings(**own)}
+    adapters = SETTINGS.model_copy(update={"domains": domains, "validate_every_steps": 3})
+    settings = FitSettings(adapters, seed=3, checkpoint_every_steps=4)
+    measured: list[float] = []
+
+    def keeps(*arguments: Any) -> dict[str, float]:
+        losses = _mean_losses(*arguments)
+        assert losses.keys() <= {"math"}, "only a domain with patience is measured"
+        measured.extend(losses.values())
+        return losses
+
+    monkeypatch.setattr(one_pass_module, "_mean_losses", keeps)
+    fitted = fit_adapters(base, examples, settings, FolderRun(tmp_path / "whole"), held_out)
+    monkeypatch.undo()
+    best = measured.index(min(measured))
+    assert len(measured) == best + 3, "two were no better"
+    assert fitted["math"].num_steps == 3 * len(measured) < 60
+    weights = {"math": fitted["math"].weights}
+    assert mean_losses(base, weights, {"math": held_out["math"]})["math"] == pytest.approx(min(measured), rel=1e-5)
+    # The others do not notice; and a run that is killed goes the same way.
+    without = adapters.model_copy(
+        update={"domains": {**domains, "math": DomainAdapterSettings(**own | {"patience": None})}}
+    )
+    longer = fit_adapters(base, examples, FitSettings(without, 3, 4), FolderRun(tmp_path / "longer"), held_out)
+    assert longer["math"].num_steps == 60
+    assert not any(_differ(fitted[domain], longer[domain]) for domain in ("law", "sql"))
+    with pytest.raises(Stopped):
+        fit_adapters(base, examples, settings, FolderRun(tmp_path / "broken", stop_after=8), held_out)
+    resumed = fit_adapters(base, examples, settings, FolderRun(tmp_path / "broken"), held_out)
+    assert not any(_differ(resumed[domain], fitted[domain]) for domain in EXAMPLES)
+
+
+def _differ(one: Fitted, other: Fitted) -> bool:
+    factors = one.weights.factors
+    return (one.num_steps, one.loss) != (other.num_steps, other.loss) or any(
+        not torch.equal(f.a_RI, factors[n].a_RI) or not torch.equal(f.b_OR, factors[n].b_OR)
+        for n, f in other.weights.factors.items()
+    )
 
 
 def test_a_fresh_adapter_is_the_plain_base_and_the_base_is_itself_again_after(tmp_path: Path) -> None:

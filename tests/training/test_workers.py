@@ -1,0 +1,194 @@
+"""Two workers against one: real processes that speak through gloo, as Ray Train's do."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cluster.config import BaseSettings
+from cluster.errors import InvalidInput
+from cluster.model import ZephyraFusionForCausalLM
+from cluster.training.documents import documents
+from cluster.training.one_pass import FitSettings, Fitted, fit_adapters
+from cluster.training.run import Run
+from cluster.training.sharding import shard, whole, whole_model
+from cluster.training.stage_base import _backward, fit_base
+from cluster.training.workers import Workers, balanced
+from tests.model.nano import nano_model
+from tests.training.rows import nano_tokenizer, some_examples
+from tests.training.runs import FolderRun, Stopped
+from tests.training.test_one_pass import EXAMPLES, SETTINGS, _base
+
+NUM_STEPS, EVERY = 8, 3
+BASE = BaseSettings(num_steps=NUM_STEPS, tokens_per_batch=256, learning_rate=1e-3)
+
+
+class _StoppedRun(FolderRun):
+    """A run that ends at its first checkpoint."""
+
+    def checkpoint(self, save: Callable[[Path], None]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        save(self._folder)
+        raise Stopped
+
+
+class _Run(_StoppedRun):
+    """A run that doesn't."""
+
+    def checkpoint(self, save: Callable[[Path], None]) -> None:
+        try:
+            super().checkpoint(save)
+        except Stopped:
+            return
+
+
+def _model() -> ZephyraFusionForCausalLM:
+    return nano_model(vocab_size=len(nano_tokenizer())).requires_grad_(True)
+
+
+def _fit_base(run: Run) -> dict[str, Tensor]:
+    model: Any = _model()
+    fit_base(model, some_examples(nano_tokenizer(), 36), BASE, 3, EVERY, run)
+    whole = whole_model(model, _model()) if run.workers.shards_base else model
+    return {name: parameter.detach() for name, parameter in whole.named_parameters()}
+
+
+def _gradients(workers: Workers) -> dict[str, Tensor]:
+    """Of the mean loss of some rows of many lengths, divided among the workers."""
+    model: Any = _model()
+    if workers.shards_base:
+        shard(model)
+    with documents(model) as takes_lengths:
+        loss = _backward(model, some_examples(nano_tokenizer(), 7), workers, takes_lengths)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**whole(gradients), "loss": torch.tensor(loss)}
+
+
+def _fit_adapters(run: Run) -> dict[str, Tensor]:
+    return _tensors(
+        fit_adapters(_base(_model()), EXAMPLES, FitSettings(SETTINGS, seed=3, checkpoint_every_steps=3), run)
+    )
+
+
+def _tensors(fitted: dict[str, Fitted]) -> dict[str, Tensor]:
+    out = {}
+    for domain, one in fitted.items():
+        out[f"{domain}|loss"] = torch.tensor([one.loss, one.num_steps], dtype=torch.float64)
+        for name, f in one.weights.factors.items():
+            out[f"{domain}|{name}|a"], out[f"{domain}|{name}|b"] = f.a_RI.contiguous(), f.b_OR.contiguous()
+    return out
+
+
+KINDS: dict[str, tuple[Callable[[Run], dict[str, Tensor]], bool]] = {
+    "data-parallel base": (_fit_base, False),
+    "sharded base": (_fit_base, True),
+    "adapters": (_fit_adapters, False),
+}
+
+
+def _work(rank: int, folder: Path) -> None:
+    """What one of the two processes does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for shards in (False, True):
+        save_file(_gradients(Workers(rank, 2, shards)), folder / f"gradients-{shards}-{rank}")
+    for kind, (fit, shards) in KINDS.items():
+        workers = Workers(rank, 2, shards)
+        save_file(fit(_Run(folder / f"{kind} whole", workers=workers)), folder / f"{kind}-whole-{rank}")
+        with pytest.raises(Stopped):
+            fit(_StoppedRun(folder / f"{kind} broken", workers=workers))
+        dist.barrier()
+        save_file(fit(_Run(folder / f"{kind} broken", workers=workers)), folder / f"{kind}-resumed-{rank}")
+
+    def gives_up() -> int:
+        if rank == 1:
+            raise InvalidInput("The rank is 1.")
+        return rank
+
+    workers = Workers(rank, 2)
+    assert workers.each(lambda: rank * 10) == [0, 10]
+    with pytest.raises(InvalidInput, match=r"The rank is 1\."):
+        workers.each(gives_up)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two workers left what they trained."""
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(_work, (folder,), nprocs=2)
+    return folder
+
+
+def _read(folder: Path, name: str) -> list[dict[str, Tensor]]:
+    return [load_file(folder / f"{name}-{rank}") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_gradients_are_those_of_the_mean_over_all_tokens(shards: bool, two: Path) -> None:
+    examples, model = some_examples(nano_tokenizer(), 7), _model()
+    # Written out: each document alone, every token with the same weight.
+    losses = []
+    for example in examples:
+        ids = torch.tensor(example.ids)
+        losses.append(nn.functional.cross_entropy(model(input_ids=ids[None, :-1]).logits[0], ids[1:], reduction="sum"))
+    mean = torch.stack(losses).sum() / sum(len(example.ids) - 1 for example in examples)
+    mean.backward()
+    for part in _read(two, f"gradients-{shards}"):
+        torch.testing.assert_close(part["loss"], mean.detach())
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(part[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["data-parallel base", "sharded base"])
+def test_a_base_by_two_workers_is_that_of_one_but_for_rounding(kind: str, two: Path, tmp_path: Path) -> None:
+    alone = _fit_base(FolderRun(tmp_path / "alone"))
+    start = dict(_model().named_parameters())
+    one, other = _read(two, f"{kind}-whole")
+    for name, parameter in alone.items():
+        assert torch.equal(one[name], other[name]), "both workers hold the same"
+        moved = (parameter - start[name]).abs().max()
+        assert (one[name] - parameter).abs().max() < 0.05 * moved, name
+
+
+def test_adapters_by_two_workers_are_those_of_one_bit_for_bit(two: Path, tmp_path: Path) -> None:
+    alone = _fit_adapters(FolderRun(tmp_path / "alone"))
+    one, other = _read(two, "adapters-whole")
+    assert not one.keys() & other.keys()
+    assert all({name.partition("|")[0] for name in part} for part in (one, other)), "both had something to do"
+    both = one | other
+    assert both.keys() == alone.keys()
+    assert all(torch.equal(both[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_workers_killed_and_resumed_are_unbroken_bit_for_bit(kind: str, two: Path) -> None:
+    for unbroken, resumed in zip(_read(two, f"{kind}-whole"), _read(two, f"{kind}-resumed"), strict=True):
+        assert unbroken.keys() == resumed.keys()
+        assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_one_worker_goes_on_from_the_checkpoint_of_two(two: Path) -> None:
+    alone = _fit_adapters(_Run(two / "adapters broken"))
+    one, other = _read(two, "adapters-whole")
+    assert all(torch.equal(value, alone[name]) for name, value in (one | other).items())
+
+
+def test_work_is_divided_evenly_and_always_the_same_way() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 2, 3, 7):
+        sizes: list[int] = torch.randint(1, 100, (20,), generator=generator).tolist()
+        groups = balanced(sizes, count)
+        assert sorted(place for group in groups for place in group) == list(range(20))
+        assert all(a < b for group in groups for a, b in pairwise(group))
+        sums = [sum(sizes[place] for place in group) for group in groups]
+        assert max(sums) <= 4 / 3 * max(sum(sizes) / count, max(sizes))
+        assert groups == balanced(list(sizes), count)
+    assert balanced([5, 5], 3) == [[0], [1], []]
