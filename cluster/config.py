@@ -187,6 +187,17 @@ class JointSettings(_Settings):
     """Nats per token; where an adapter is nearly always right, a rise below this changes no answer."""
 
 
+class BadRowSettings(_Settings):
+    """Which rows are left out as bad, and how many may be."""
+
+    share: float = Field(default=0.01, ge=0, le=1)
+    """Of all rows; with more bad ones nothing is trained."""
+    at_least: int = Field(default=5, ge=0)
+    """So many may be bad, however few rows there are."""
+    max_characters: int = Field(default=100_000, ge=1)
+    """A longer text makes its row a bad one: all of it would be tokenized, and all but the beginning cut."""
+
+
 class Recipe(_Settings):
     """Settings of all four stages, under one name."""
 
@@ -194,6 +205,7 @@ class Recipe(_Settings):
     adapters: AdapterSettings = AdapterSettings()
     router: RouterSettings = RouterSettings()
     joint: JointSettings = JointSettings()
+    bad_rows: BadRowSettings = BadRowSettings()
     train_rows_per_domain: int = Field(default=20_000, ge=1)
     """At most so many rows of each domain are learned from."""
     val_rows_per_domain: int = Field(default=100, ge=1)
@@ -204,18 +216,35 @@ class Recipe(_Settings):
     """A stage that is stopped resumes from its newest checkpoint."""
 
 
+class LiveDomainSettings(_Settings):
+    """A domain that is added to a trained system, and what is measured before it is published."""
+
+    domain: str
+    """Its name."""
+    others: Path | None = None
+    """Folder of the other domains' data, to measure what they lose; None where it is not known."""
+    least_recall: float = Field(default=0.5, ge=0, le=1)
+    """Share of its own held-out prompts that the router must send to it."""
+    epsilon: float = Field(default=0.05, ge=0, le=1)
+    """The most that any other domain's share of prompts that find it may fall."""
+    held_out_share: float = Field(default=0.1, gt=0, lt=1)
+    """Of its rows, where the data holds out none itself."""
+
+
 class StageSettings(_Settings):
     """What one stage is run with."""
 
     root: Path
     """Where artifacts are read and published; absolute."""
     data: Path
-    """Folder of Parquet files; absolute."""
+    """Folder of Parquet files, or one such file for stage `domain`; absolute."""
     recipe: Recipe
     name: str
     """The recipe's name, kept in the artifacts."""
     base: str | None = None
     """A base to take over instead of training one: an absolute folder, or an id on the Hugging Face hub."""
+    live: LiveDomainSettings | None = None
+    """Of stage `domain` alone."""
 
     @property
     def mark(self) -> str:

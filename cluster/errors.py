@@ -13,6 +13,8 @@
     │   └── InvalidAdapter      the same of an adapter that somebody hands in: theirs to mend, not ours
     ├── CatalogConflict         somebody else published first
     ├── InvalidData             training data that lacks a column, is empty, or holds a value that cannot be
+    ├── GateRefused             a domain that was trained and measured, and did not pass
+    ├── DiskFull                no room where a run writes its artifacts and checkpoints
     ├── StageOrder              a training stage started before the one it needs
     ├── NotTrained              serving was asked for a root that holds no base
     ├── PortTaken               another process listens where we were to
@@ -86,6 +88,14 @@ class CatalogConflict(ZephyraError):
 
 class InvalidData(ZephyraError):
     """Training data that lacks a column, is empty, or holds a value that cannot be."""
+
+
+class GateRefused(ZephyraError):
+    """A domain that was trained and measured, and did not pass: nothing of it was published."""
+
+
+class DiskFull(ZephyraError):
+    """No room where a run writes its artifacts and checkpoints."""
 
 
 class StageOrder(ZephyraError):

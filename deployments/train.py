@@ -2,7 +2,7 @@
 
 Meant for `ray job submit`, whose working folder is a temporary copy of the code: paths must be absolute. One fit per
 stage. A worker that dies is started again and resumes from the newest checkpoint; so does a job that is submitted
-again under the same --run-name.
+again under the same --run-name, with the same settings. Stage `domain`, with --domain NAME, adds one to a trained root.
 """
 
 import argparse
@@ -20,14 +20,16 @@ import ray.train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.config import StageSettings
+from cluster.config import LiveDomainSettings, StageSettings
 from cluster.environment import ray_address
 from cluster.errors import InvalidInput, ZephyraError
-from cluster.training import DIVISIBLE, STAGES
-from cluster.training.pipeline import run_all
+from cluster.training import DIVISIBLE, JOBS, STAGES
+from cluster.training.disk import full_disk_told
+from cluster.training.pipeline import data_of, live_recipe, run_all
 from cluster.training.recipes import recipe
 from cluster.training.tracking import FOLDER, EventLog
 from cluster.training.workers import Workers
+from deployments.run_names import NamedRun, named_run
 
 _REPORT_EVERY_S = 5.0
 
@@ -87,7 +89,9 @@ def _train(config: dict[str, Any]) -> str | None:
         workers = Workers(context.get_world_rank(), context.get_world_size(), config["shards_base"])
         curves = f"{stage}-{settings.mark}" if workers.is_first else f"{stage}-{settings.mark}-{workers.rank}"
         with closing(EventLog(settings.root / FOLDER / curves)) as events:
-            STAGES[stage](settings, TrainRun(stage, events, workers))
+            run = TrainRun(stage, events, workers)
+            with full_disk_told(settings.root, run):
+                JOBS[stage](settings, run)
     except ZephyraError as error:
         return str(error)
     return None
@@ -135,28 +139,41 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         settings = _settings(options)
-        ray.init(address=ray_address() or "local", ignore_reinit_error=True)
+        with named_run(options.run_name, settings) as run:
+            _refuse_finished(options.stage, options.run_name, run)
+            ray.init(address=ray_address() or "local", ignore_reinit_error=True)
 
-        def run_stage(stage: str) -> None:
-            fit(stage, settings, options.run_name, options.cpus, options.workers, options.shard_base)
+            def run_stage(stage: str) -> None:
+                if stage in run.done:
+                    print(f"stage {stage} of the run {options.run_name!r} is done already", flush=True)
+                    return
+                fit(stage, settings, options.run_name, options.cpus, options.workers, options.shard_base)
+                run.add(stage)
 
-        if options.stage == "all":
-            run_all(settings, run_stage, again=True)
-        else:
-            run_stage(options.stage)
+            if options.stage == "all":
+                run_all(settings, run_stage, again=True)
+            else:
+                run_stage(options.stage)
     except ZephyraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def _refuse_finished(stage: str, run_name: str, run: NamedRun) -> None:
+    """Raise `InvalidInput` if all that is asked for was done under this name."""
+    if set(STAGES if stage == "all" else (stage,)) <= set(run.done):
+        raise InvalidInput(f"The run {run_name!r} of {stage!r} is finished; give another --run-name to train again.")
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     command = argparse.ArgumentParser(prog="python -m deployments.train", description=__doc__)
-    command.add_argument("stage", choices=[*STAGES, "all"])
+    command.add_argument("stage", choices=[*JOBS, "all"])
     command.add_argument("--root", required=True, help="absolute folder or mount that holds the artifacts")
-    command.add_argument("--data", required=True, help="absolute folder of Parquet files")
-    command.add_argument("--recipe", default="starter")
+    command.add_argument("--data", required=True, help="absolute folder of Parquet files; a file will do for a domain")
+    command.add_argument("--recipe", help="by default the starter's, and for stage domain the one of the root")
+    command.add_argument("--domain", help="the name of the domain that stage domain trains")
     command.add_argument(
         "--base", help="absolute folder or hub id of a base: stage base takes it over, and trains none"
     )
@@ -170,10 +187,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _settings(options: argparse.Namespace) -> StageSettings:
-    chosen = recipe(options.recipe)
+    if (options.domain is None) == (options.stage == "domain"):
+        raise InvalidInput("--domain and stage 'domain' go together; give both or neither.")
+    root = Path(options.root)
+    name = options.recipe or (live_recipe(root) if options.domain else "starter")
+    live = None if options.domain is None else LiveDomainSettings(domain=options.domain, others=data_of(root))
     try:
         return StageSettings(
-            root=options.root, data=options.data, recipe=chosen, name=options.recipe, base=options.base
+            root=options.root, data=options.data, recipe=recipe(name), name=name, base=options.base, live=live
         )
     except pydantic.ValidationError as error:
         first = error.errors()[0]

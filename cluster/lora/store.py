@@ -94,17 +94,17 @@ class LocalStorage:
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.parent / f".draft-{uuid.uuid4().hex}"
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
         try:
+            with draft.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             # Fails on an existing name, also between machines on a shared file system.
             os.link(draft, path)
         except FileExistsError:
             return False
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         sync(path.parent)
         return True
 

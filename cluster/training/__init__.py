@@ -1,6 +1,7 @@
 """The four training stages, one file each, each `stage(settings, run)`: stage_base, stage_adapters, stage_router,
-stage_joint, in this order. They read Parquet (`data`), publish artifacts through the catalog, resume from their
-checkpoints, and print what they measured. `recipes` names their settings; `evaluation` measures a whole system.
+stage_joint, in this order; stage_domain adds a domain to what they made. They read Parquet (`data`), publish artifacts
+through the catalog, resume from their checkpoints, and print what they measured. `recipes` names their settings;
+`evaluation` measures a whole system.
 """
 
 from collections.abc import Callable
@@ -47,3 +48,13 @@ STAGES: dict[str, Callable[["StageSettings", "Run"], None]] = {
 
 DIVISIBLE = ("base", "adapters")
 """Stages that several workers can run together; the others fit what is whole, in seconds, on one."""
+
+
+def _domain(settings: "StageSettings", run: "Run") -> None:
+    from cluster.training.stage_domain import train_domain
+
+    train_domain(settings, run)
+
+
+JOBS = {**STAGES, "domain": _domain}
+"""All that can be run as a job: beside the stages, a domain that is added to what they made."""

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from cluster.config import BadRowSettings, StageSettings
 from cluster.errors import InvalidData, InvalidInput
 from cluster.messages import BASE_DOMAIN, NONE_DOMAIN, check_domain_name
 from cluster.model.base import as_question, encode_answers, encode_prompts
+from cluster.training.parquet import RowReader, parquet_files
+from cluster.training.run import Run
 
 SPLITS = ("train", "val", "test")
 _COLUMNS = ("domain", "prompt", "response", "split")
@@ -47,6 +48,8 @@ class DataSet:
     """All rows of a folder, by split."""
 
     splits: dict[str, list[Row]]
+    left_out: str = ""
+    """A sentence on the rows that were bad and are not here; empty where all were good."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -60,26 +63,31 @@ class DataSet:
         return [row for row in rows if domain is None or row.domain == domain][:limit]
 
 
-def read_data(folder: Path) -> DataSet:
-    """Read every Parquet file below `folder`. Raises `InvalidData` naming the file and what is wrong in it."""
-    files = sorted(folder.rglob("*.parquet"))
+def stage_data(settings: StageSettings, run: Run) -> DataSet:
+    """The data of a stage, which says what was left out of them. Raises as `read_data`."""
+    data = read_data(settings.data, settings.recipe.bad_rows)
+    if data.left_out:
+        run.say(data.left_out)
+    return data
+
+
+def read_data(folder: Path, bad_rows: BadRowSettings | None = None) -> DataSet:
+    """Read every Parquet file below `folder`, without its bad rows.
+
+    Raises `InvalidData` naming the file and what is wrong in it, or the bad rows where there are more than may be.
+    """
+    reader = RowReader(bad_rows or BadRowSettings())
+    files = parquet_files(folder)
     if not files:
         raise InvalidData(f"There is no Parquet file below {folder}; expected columns {', '.join(_COLUMNS)}.")
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for file in files:
-        for index, record in enumerate(_read_table(file).to_pylist()):
-            if None in record.values():
-                empty = next(name for name, value in record.items() if value is None)
-                raise InvalidData(f"Row {index} of {file.name} has no {empty}; fill it in or drop the row.")
-            if record["split"] not in splits:
-                raise InvalidData(
-                    f"Row {index} of {file.name} has the split {record['split']!r}; expected {', '.join(SPLITS)}."
-                )
+        for index, record in reader.records(file, _COLUMNS, _OPTIONAL_COLUMNS):
+            check_split(record["split"], index, file)
             _check_domain(record["domain"], index, file)
-            routed = record.get("prompt_bare", record["prompt"])
-            topic = record.get("topic", "")
-            splits[record["split"]].append(Row(record["domain"], record["prompt"], record["response"], routed, topic))
-    data = DataSet(splits)
+            splits[record["split"]].append(row_of(record, record["domain"]))
+    reader.check()
+    data = DataSet(splits, reader.left_out)
     if not any(splits.values()):
         raise InvalidData(f"The Parquet files below {folder} hold no rows; expected at least one domain's.")
     for domain in data.domains:
@@ -88,13 +96,28 @@ def read_data(folder: Path) -> DataSet:
     return data
 
 
-def data_digest(folder: Path) -> str:
-    """SHA-256 of every Parquet file below `folder`, names and bytes: equal digests mean equal rows."""
+def row_of(record: dict[str, str], domain: str) -> Row:
+    """A record of a file as a row."""
+    routed = record.get("prompt_bare", record["prompt"])
+    return Row(domain, record["prompt"], record["response"], routed, record.get("topic", ""))
+
+
+def check_split(split: str, index: int, file: Path) -> None:
+    """Raise `InvalidData` for a split that there is not."""
+    if split not in SPLITS:
+        raise InvalidData(f"Row {index} of {file.name} has the split {split!r}; expected {', '.join(SPLITS)}.")
+
+
+def data_digest(data: Path) -> str:
+    """SHA-256 of every Parquet file below the folder `data`, names and bytes, or of the one file that it is: equal
+    digests mean equal rows.
+    """
     whole = hashlib.sha256()
-    for file in sorted(folder.rglob("*.parquet")):
+    for file in parquet_files(data):
         with file.open("rb") as content:
             of_file = hashlib.file_digest(content, "sha256").hexdigest()
-        whole.update(f"{file.relative_to(folder)} {of_file}\n".encode())
+        name = file.relative_to(data) if file != data else Path(file.name)
+        whole.update(f"{name} {of_file}\n".encode())
     return whole.hexdigest()
 
 
@@ -105,24 +128,6 @@ def _check_domain(domain: str, index: int, file: Path) -> None:
         check_domain_name(domain)
     except InvalidInput as error:
         raise InvalidData(f"Row {index} of {file.name} has a domain that cannot be: {error}") from error
-
-
-def _read_table(file: Path) -> pa.Table:
-    try:
-        parquet = pq.ParquetFile(file)
-        present = set(parquet.schema_arrow.names)
-        if missing := [column for column in _COLUMNS if column not in present]:
-            raise InvalidData(
-                f"{file.name} lacks the column {missing[0]!r}; it has {', '.join(sorted(present))}, "
-                f"expected {', '.join(_COLUMNS)}."
-            )
-        wanted = [*_COLUMNS, *(column for column in _OPTIONAL_COLUMNS if column in present)]
-        table = parquet.read(columns=wanted).cast(pa.schema([(name, pa.string()) for name in wanted]))
-        # Text that is no UTF-8 would else be found row by row, and by Python.
-        table.validate(full=True)
-        return table
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise InvalidData(f"{file.name} cannot be read as Parquet with text columns: {error}.") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,3 +47,12 @@ def root_trained_on(data: Path) -> Path | None:
     """The root below `artifacts` that was trained on `data` last, None if there is none."""
     files = sorted((CHECKOUT / "artifacts").glob(f"*/{_FILE}"), key=lambda file: -file.stat().st_mtime)
     return next((file.parent for file in files if data_of(file.parent) == data), None)
+
+
+def live_recipe(root: Path) -> str:
+    """The recipe for a domain that is added to `root`: the one that its other domains were trained by.
+
+    Where that is not known, the base is one that others trained.
+    """
+    path = root / _FILE
+    return json.loads(path.read_text())["recipe"] if path.is_file() else "pretrained"

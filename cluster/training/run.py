@@ -100,7 +100,12 @@ class LocalRun:
         draft = self._folder / "draft"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        save(draft)
+        try:
+            save(draft)
+        except BaseException:
+            # On a full disk, half a checkpoint is in the way of everybody.
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         draft.rename(self._folder / str(max(numbers, default=0) + 1))
         for number in numbers:
             shutil.rmtree(self._folder / str(number))

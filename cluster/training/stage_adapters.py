@@ -13,7 +13,7 @@ from cluster.lora.store import write_version
 from cluster.lora.weights import AdapterWeights
 from cluster.model.base import Base
 from cluster.training.artifacts import publish_for_base, published_base
-from cluster.training.data import DataSet, Example, encode, read_data
+from cluster.training.data import DataSet, Example, encode, stage_data
 from cluster.training.one_pass import FitSettings, Fitted, fit_adapters, mean_losses
 from cluster.training.provenance import provenance
 from cluster.training.run import Run
@@ -27,7 +27,7 @@ def train_adapters(settings: StageSettings, run: Run) -> None:
     catalog = Catalog(settings.root)
     state = catalog.load()
     base = published_base(settings.root, state)
-    data = read_data(settings.data)
+    data = stage_data(settings, run)
     examples = {
         domain: encode(base.tokenizer, data.rows("train", domain, recipe.train_rows_per_domain), options.max_tokens)
         for domain in data.domains

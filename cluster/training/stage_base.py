@@ -21,7 +21,7 @@ from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
 from cluster.model.base import fingerprint
 from cluster.model.configuration_zephyra import SIZES
 from cluster.model.tokenizer import train_tokenizer
-from cluster.training.data import BatchPlan, DataSet, Example, Row, encode, read_data
+from cluster.training.data import BatchPlan, DataSet, Example, Row, encode, stage_data
 from cluster.training.documents import documents
 from cluster.training.given_base import take_over_base
 from cluster.training.language_model import batches_by_length, summed_loss
@@ -45,7 +45,7 @@ def train_base(settings: StageSettings, run: Run) -> None:
     recipe, base = settings.recipe, settings.recipe.base
     if base.size not in SIZES:
         raise InvalidInput(f"There is no size {base.size!r} of Zephyra Fusion; the sizes are: {', '.join(SIZES)}.")
-    data = read_data(settings.data)
+    data = stage_data(settings, run)
     rows = _rows(data, "train", settings)
     if not rows:
         raise InvalidData(f"{settings.data} holds no train rows of 'none' or 'base' for this recipe's base to learn.")

@@ -20,7 +20,7 @@ from cluster.messages import NONE_DOMAIN
 from cluster.model.base import Base
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.artifacts import published_adapter, published_base, require_adapters, trained_router
-from cluster.training.data import DataSet, Row, collate, encode, read_data
+from cluster.training.data import DataSet, Row, collate, encode, stage_data
 from cluster.training.language_model import batch_loss, mean_loss
 from cluster.training.optimization import Optimizer, load_checkpoint, save_checkpoint
 from cluster.training.provenance import provenance
@@ -50,7 +50,7 @@ def train_joint(settings: StageSettings, run: Run) -> None:
     if settings.recipe.joint.num_steps == 0:
         run.say("the recipe leaves the joint stage out")
         return
-    data = read_data(settings.data)
+    data = stage_data(settings, run)
     domains = system.adapters.domains
     before = _losses(system, data, settings)
     if not before:

@@ -17,7 +17,7 @@ from cluster.router.fit import RouterFit
 from cluster.router.sentence_model import find_sentence_model
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.artifacts import publish_for_base, published_base, require_adapters
-from cluster.training.data import DataSet, Row, read_data
+from cluster.training.data import DataSet, Row, stage_data
 from cluster.training.provenance import write_provenance
 from cluster.training.run import Run
 
@@ -29,7 +29,7 @@ def train_router(settings: StageSettings, run: Run) -> None:
     state = catalog.load()
     base = published_base(settings.root, state)
     require_adapters(settings.root, state)
-    data = read_data(settings.data)
+    data = stage_data(settings, run)
     # Another domain's adapter answers for one that is an alias.
     if missing := set(data.domains) - state.adapters.keys() - state.aliases.keys():
         raise StageOrder(f"Domain {min(missing)!r} has no adapter yet; run stage 'adapters' on this data first.")

@@ -56,8 +56,8 @@ STATUS: dict[type[errors.ZephyraError], Status] = {
     errors.ReplicaLost: _TRY_AGAIN,
 }
 
-NEVER_SENT = frozenset({errors.ZephyraError, errors.NotTrained, errors.PortTaken})
-"""The root of the tree, which nothing raises, and what is raised before anything listens."""
+NEVER_SENT = frozenset({errors.ZephyraError, errors.NotTrained, errors.PortTaken, errors.GateRefused, errors.DiskFull})
+"""The root of the tree, which nothing raises, what is raised before anything listens, and what only training raises."""
 
 _OPENAI_CODES = {
     errors.UnknownModel: "model_not_found",

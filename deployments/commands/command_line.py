@@ -87,10 +87,14 @@ def stage_settings(
 
 def run_stage(stage: str, settings: StageSettings) -> None:
     """One stage in this process, with a progress bar."""
-    from cluster.training import STAGES
+    from cluster.training import JOBS
+    from cluster.training.disk import full_disk_told
     from cluster.training.run import LocalRun
     from cluster.training.tracking import FOLDER
 
     name = f"{stage}-{settings.mark}"
-    with LocalRun(stage, settings.root / "runs" / name, console, settings.root / FOLDER / name) as run:
-        STAGES[stage](settings, run)
+    with (
+        LocalRun(stage, settings.root / "runs" / name, console, settings.root / FOLDER / name) as run,
+        full_disk_told(settings.root, run),
+    ):
+        JOBS[stage](settings, run)

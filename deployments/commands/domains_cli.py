@@ -7,7 +7,14 @@ import typer
 
 from cluster.errors import InvalidInput
 from cluster.router.examples import MAX_EXAMPLES_BYTES, Examples
-from deployments.commands.command_line import console, errors_told, root_and_data, root_or_bucket
+from deployments.commands.command_line import (
+    console,
+    errors_told,
+    root_and_data,
+    root_of,
+    root_or_bucket,
+    run_stage,
+)
 
 if TYPE_CHECKING:
     from deployments.domains.operations import Domains
@@ -61,6 +68,42 @@ def add(
         change = _domains(root).add(name, adapter, given, data_free, expected_generation)
         known = f"routed by {len(given)} examples" if given else "routed by a guess" if data_free else "by name only"
         console.print(f"published {change.ref}: {known}, in generation {change.generation}", highlight=False)
+
+
+@app.command()
+def train(
+    name: _Name,
+    data: Annotated[
+        str,
+        typer.Option(help="Parquet: a file, or a folder of them, with prompt and response; split if there are some."),
+    ],
+    root: Annotated[str | None, typer.Option(help="Folder of the system; by default the starter.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="By default the one that the system was trained by.")] = None,
+    least_recall: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of its held-out prompts that must be routed to it.")
+    ] = 0.5,
+    epsilon: Annotated[
+        float, typer.Option(min=0, max=1, help="The most that any other domain's share of such prompts may fall.")
+    ] = 0.05,
+    hold_out: Annotated[
+        float, typer.Option(min=0.01, max=0.9, help="Share of the rows to measure on, where no split says which.")
+    ] = 0.1,
+) -> None:
+    """Train a domain from raw data while the system serves; published only if what is held out speaks for it."""
+    from cluster.config import LiveDomainSettings, StageSettings
+    from cluster.training.pipeline import data_of, live_recipe
+    from cluster.training.recipes import recipe as recipe_named
+
+    with errors_told():
+        place = root_of(root)
+        chosen = recipe or live_recipe(place)
+        live = LiveDomainSettings(
+            domain=name, others=data_of(place), least_recall=least_recall, epsilon=epsilon, held_out_share=hold_out
+        )
+        settings = StageSettings(
+            root=place, data=Path(data).resolve(), recipe=recipe_named(chosen), name=chosen, live=live
+        )
+        run_stage("domain", settings)
 
 
 @app.command()

@@ -7,16 +7,20 @@ from typing import Any
 
 import grpc
 import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.util import list_named_actors
 
+from cluster.config import AdapterSettings, LiveDomainSettings, Recipe, StageSettings
 from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version
 from cluster.router.policy import Policy
 from deployments.application import APPLICATION_NAME
 from deployments.protos import zephyra_pb2 as pb
 from deployments.protos.zephyra_pb2_grpc import ZephyraStub
+from deployments.train import fit
 from tests.conftest import Served
 from tests.nano import publish_router
 from tests.serving.handed_in import TAX, form_of, messages
@@ -123,6 +127,34 @@ def test_a_large_upload_comes_through_in_pieces(served: Served, client: httpx.Cl
     refused = client.post("/v1/domains", files=large, data={"name": NAME})
     assert (refused.status_code, error_of(refused)["code"]) == (400, "invalid_adapter")
     assert root_files(served.root) == before
+
+
+def test_one_that_is_trained_while_it_serves_is_routed_and_generated(
+    served: Served, client: httpx.Client, tmp_path: Path
+) -> None:
+    questions = [f"{question} This is for {year}." for question in TAX for year in range(2010, 2020)]
+    answers = [f"See the form of {year}." for _ in TAX for year in range(2010, 2020)]
+    pq.write_table(pa.table({"prompt": questions, "response": answers}), tmp_path / "tax.parquet")
+    before = {file: file.read_bytes() for file in root_files(served.root)}
+    options = AdapterSettings(rank=4, num_steps=8, tokens_per_batch=256, learning_rate=0.01)
+    live_settings = LiveDomainSettings(domain=NAME)
+    settings = StageSettings(
+        root=served.root,
+        data=tmp_path / "tax.parquet",
+        recipe=Recipe(adapters=options),
+        name="nano",
+        live=live_settings,
+    )
+    fit("domain", settings, run_name="tax", num_cpus=0.5)
+    live(lambda: generates(client) and is_routed(client))
+    assert {file: file.read_bytes() for file in before} == before
+    ref = Catalog(served.root).load().ref(NAME)
+    routed = client.post("/v1/completions", json={"prompt": TAX[0], "max_tokens": 4}).json()
+    assert routed["zephyra"]["mixture"] == {str(ref): 1.0}
+    plain = client.post("/v1/completions", json={"prompt": TAX[0], "model": "base", "max_tokens": 4}).json()
+    assert routed["choices"][0]["text"] != plain["choices"][0]["text"]
+    client.delete(f"/v1/domains/{NAME}")
+    live(lambda: not generates(client))
 
 
 def test_a_publisher_that_is_killed_is_replaced_and_the_rest_goes_on(client: httpx.Client) -> None:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.config import BadRowSettings
 from cluster.errors import InvalidData
 from cluster.model.base import encode_prompt
 from cluster.training.data import IGNORED_LABEL, Batch, BatchPlan, Example, Row, collate, encode, read_data
@@ -18,6 +19,7 @@ from tests.training.rows import COLUMNS, nano_tokenizer, some_examples, write_pa
 
 TOKENIZER = nano_tokenizer()
 PAD = TOKENIZER.pad_token_id
+NONE_BAD = BadRowSettings(share=0.0, at_least=0)
 
 
 def test_rows_come_in_by_split_and_domain_from_all_files(tmp_path: Path) -> None:
@@ -46,8 +48,8 @@ def test_a_column_topic_names_the_kind_of_each_row_and_may_be_absent(tmp_path: P
 
 WRONG: dict[str, tuple[dict[str, list[Any]], tuple[str, ...]]] = {
     "a missing column": ({"response": []}, ("part.parquet", "'response'", "domain, prompt, response, split")),
-    "a null": ({"prompt": ["a", None, "b", "c"]}, ("Row 1", "part.parquet", "prompt")),
-    "an empty prompt_bare": ({"prompt_bare": ["a", "b", "c", None]}, ("Row 3", "part.parquet", "prompt_bare")),
+    "a null": ({"prompt": ["a", None, "b", "c"]}, ("row 1", "part.parquet", "prompt")),
+    "an empty prompt_bare": ({"prompt_bare": ["a", "b", "c", None]}, ("row 3", "part.parquet", "prompt_bare")),
     "an unknown split": (
         {"split": ["train", "dev", "train", "test"]},
         ("Row 1", "part.parquet", "'dev'", "train, val"),
@@ -64,7 +66,7 @@ WRONG: dict[str, tuple[dict[str, list[Any]], tuple[str, ...]]] = {
 def test_wrong_data_is_named(tmp_path: Path, case: str) -> None:
     columns, named = WRONG[case]
     with pytest.raises(InvalidData) as caught:
-        read_data(write_parquet(tmp_path, **columns))
+        read_data(write_parquet(tmp_path, **columns), NONE_BAD)
     for part in named:
         assert part in str(caught.value)
 
@@ -80,8 +82,8 @@ def test_a_folder_without_rows_or_files_or_with_something_else_is_named(tmp_path
     table = pa.table({name: pa.array(values).cast(pa.binary()) for name, values in COLUMNS.items()})
     spoilt = pa.array([b"\xff\xfe", *table["prompt"].to_pylist()[1:]])
     pq.write_table(table.set_column(table.schema.get_field_index("prompt"), "prompt", spoilt), empty / "x.parquet")
-    with pytest.raises(InvalidData, match=r"x\.parquet cannot be read as Parquet with text columns"):
-        read_data(empty)
+    with pytest.raises(InvalidData, match=r"row 0 of x\.parquet has a prompt that is no UTF-8"):
+        read_data(empty, NONE_BAD)
     (empty / "x.parquet").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(InvalidData, match=r"x\.parquet cannot be read as Parquet"):
         read_data(empty)
