@@ -21,7 +21,6 @@ from cluster.errors import InvalidInput, PortTaken
 from deployments.api.grpc_service import check_certificate
 from deployments.api.keys import read_keys
 from deployments.api.loopback import is_local
-from deployments.application import APPLICATION_NAME, build
 
 HOST = "127.0.0.1"
 _stop_serve: Callable[[], None] = serve.shutdown  # Ray leaves it untyped
@@ -102,6 +101,9 @@ def serving(settings: AppSettings, ports: Ports, quiet: bool = False, num_cpus: 
     `quiet` keeps the processes' logs in Ray's folder instead of printing them here. `num_cpus` is what Ray is to count
     on instead of the machine's cores: it counts, and holds nobody to it.
     """
+    # Here, so that who gives a port that is taken is told at once, and does not wait for torch.
+    from deployments.application import APPLICATION_NAME, build
+
     ports.check_open_to(settings)
     is_plain_local = settings.plain_grpc_local or ports.tls is not None or is_local(ports.host)
     application = build(settings.model_copy(update={"plain_grpc_local": is_plain_local}))
