@@ -165,11 +165,11 @@ class Bench:
         return {"resume_identical": Measurement((float(same),))}
 
     def workers(self) -> Measurements:
-        """One worker over two by seconds, and how far their results are apart. Few steps: each is run six times."""
+        """One worker over two by seconds, and how far their results are apart; once, and few steps."""
         base = self.effort.base.model_copy(update={"num_steps": min(12, self.effort.base.num_steps)})
         adapters = self.effort.adapters.model_copy(update={"num_steps": min(2, self.effort.adapters.num_steps)})
         work = Work(self.start, self.base().model, self.tokenizer, self.train, base, adapters)
-        return compare(work, self.effort.rounds)
+        return compare(work)
 
     def _all_examples(self) -> list[Example]:
         return [example for examples in self.train.values() for example in examples]

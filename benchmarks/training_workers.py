@@ -61,21 +61,18 @@ class _Run:
         return None
 
 
-def compare(work: Work, rounds: int) -> Measurements:
+def compare(work: Work) -> Measurements:
     """Seconds of one worker over those of two, each with one thread; and how far the results are apart."""
-    figures: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        one, two = _run(1, work), _run(2, work)
-        curve = one["data_parallel|losses"]
-        for kind, name in (("data_parallel", "base"), ("sharded", "sharded_base")):
-            gap = float((two[f"{kind}|losses"] / curve - 1).abs().max())
-            figures.setdefault(f"workers_{name}_speedup", []).append(_ratio(one, "data_parallel", two, kind))
-            figures.setdefault(f"workers_{name}_loss_gap", []).append(gap)
-        fitted = {name for name in one if name.startswith("adapters|") and name != "adapters|seconds"}
-        same = all(torch.equal(one[name], two[name]) for name in fitted)
-        figures.setdefault("workers_adapters_speedup", []).append(_ratio(one, "adapters", two, "adapters"))
-        figures.setdefault("workers_adapters_identical", []).append(float(same))
-    return {name: Measurement(tuple(values)) for name, values in figures.items()}
+    one, two = _run(1, work), _run(2, work)
+    figures = {}
+    for kind, name in (("data_parallel", "base"), ("sharded", "sharded_base")):
+        figures[f"workers_{name}_speedup"] = _ratio(one, "data_parallel", two, kind)
+        gap = (two[f"{kind}|losses"] / one["data_parallel|losses"] - 1).abs().max()
+        figures[f"workers_{name}_loss_gap"] = float(gap)
+    fitted = [name for name in one if name.startswith("adapters|") and name != "adapters|seconds"]
+    figures["workers_adapters_speedup"] = _ratio(one, "adapters", two, "adapters")
+    figures["workers_adapters_identical"] = float(all(torch.equal(one[name], two[name]) for name in fitted))
+    return {name: Measurement((value,)) for name, value in figures.items()}
 
 
 def _ratio(one: Mapping[str, Tensor], kind: str, two: Mapping[str, Tensor], other: str) -> float:
@@ -96,7 +93,8 @@ def _work(rank: int, count: int, work: Work, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     out: dict[str, Tensor] = {}
-    for kind, shards in (("data_parallel", False), ("sharded", True)):
+    kinds = {"data_parallel": False, "sharded": True} if count > 1 else {"data_parallel": False}
+    for kind, shards in kinds.items():
         run = _Run(Workers(rank, count, shards))
         examples = [example for some in work.train.values() for example in some]
         fit_all = partial(fit_base, copy.deepcopy(work.start), examples, work.base, 0, _NEVER, run)
