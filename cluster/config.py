@@ -248,8 +248,13 @@ class StageSettings(_Settings):
 
     @property
     def mark(self) -> str:
-        """Eight hex digits that differ when a setting does: a checkpoint is resumed only under the same."""
-        return hashlib.blake2b(self.model_dump_json().encode(), digest_size=4).hexdigest()
+        """Eight hex digits that differ when a setting or a file of the data does: only under the same is a checkpoint
+        resumed.
+        """
+        files = [self.data] if self.data.is_file() else sorted(self.data.rglob("*.parquet"))
+        # Not their digests, which would read them all; who writes to a file changes its time.
+        seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.blake2b(f"{self.model_dump_json()} {seen}".encode(), digest_size=4).hexdigest()
 
     @field_validator("root", "data")
     @classmethod

@@ -210,7 +210,7 @@ def test_there_is_one_job_for_each_stage_and_its_command_is_understood() -> None
         assert (python, flag, module) == ("python", "-m", "deployments.train")
         options = parser().parse_args(arguments)
         assert (f"zephyra-train-{options.stage}", options.run_name) == (name, name)
-        StageSettings(root=options.root, data=options.data, recipe=Recipe(), name=options.recipe)
+        StageSettings(root=options.root, data=options.data, recipe=Recipe(), name=options.recipe or "starter")
         (container,) = _cluster(job)["headGroupSpec"]["template"]["spec"]["containers"]
         mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
         assert all(any(place.startswith(f"{mount}/") for mount in mounts) for place in (options.root, options.data))

@@ -2,12 +2,13 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 import cluster.config
-from cluster.config import CHECKOUT, AppSettings, Recipe, StageSettings
+from cluster.config import CHECKOUT, AppSettings, LiveDomainSettings, Recipe, StageSettings
 
 SETTINGS = [
     item
@@ -15,10 +16,15 @@ SETTINGS = [
     if issubclass(item, BaseModel) and item.__module__ == "cluster.config" and not item.__name__.startswith("_")
 ]
 
+REQUIRED: dict[type[BaseModel], dict[str, Any]] = {
+    StageSettings: {"root": "/a", "data": "/b", "recipe": Recipe(), "name": "x"},
+    LiveDomainSettings: {"domain": "tax"},
+}
+
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_settings_refuse_unknown_keys_do_not_change_and_survive_json(kind: type[BaseModel]) -> None:
-    given = {"root": "/a", "data": "/b", "recipe": Recipe(), "name": "x"} if kind is StageSettings else {}
+    given = REQUIRED.get(kind, {})
     made = kind(**given)
     with pytest.raises(ValidationError, match="no_such_setting"):
         kind(**given, no_such_setting=1)

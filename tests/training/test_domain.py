@@ -269,3 +269,15 @@ def test_the_command(root: Path, data: Path, tmp_path: Path, monkeypatch: pytest
     assert Catalog(root).load().adapters["tax"] == 2
     rolled = CliRunner().invoke(app, ["domains", "rollback", "tax", "--root", str(root)])
     assert "current is tax@1" in rolled.output
+
+
+def test_other_rows_under_the_same_name_do_not_resume_what_the_old_ones_began(root: Path, data: Path) -> None:
+    before = settings(root, data).mark
+    assert settings(root, data).mark == before
+    parquet(data, prompt=QUESTIONS, response=["one and the same bracket"] * len(QUESTIONS))
+    in_a_file = settings(root, data).mark
+    folder = data.parent / "folder"
+    parquet(folder / "a.parquet", prompt=QUESTIONS, response=QUESTIONS)
+    in_a_folder = settings(root, folder).mark
+    parquet(folder / "b.parquet", prompt=QUESTIONS, response=QUESTIONS)
+    assert len({before, in_a_file, in_a_folder, settings(root, folder).mark}) == 4
