@@ -14,9 +14,9 @@ from cluster.config import AdapterSettings, BaseSettings, Recipe, StageSettings
 from cluster.errors import InvalidInput
 from cluster.lora.catalog import Catalog, Change
 from cluster.training.stage_adapters import train_adapters
-from cluster.training.starter.generate import generate_starter
 from deployments.train import fit
 from tests.conftest import Served
+from tests.training.rows import write_parquet
 from tests.training.runs import FolderRun
 from tests.training.test_tracking import curves
 
@@ -27,12 +27,23 @@ RECIPE = Recipe(
 )
 
 
+def write_data(folder: Path) -> Path:
+    """Three domains and what is of none; little, since each worker of each stage reads it and makes a tokenizer."""
+    folder.mkdir()
+    rows = [
+        (name, f"{name} question {number}", f"the answer to {name} is {number * 7}", "train" if number % 5 else "val")
+        for name in ("law", "math", "sql", "none")
+        for number in range(60)
+    ]
+    domains, prompts, responses, splits = (list(column) for column in zip(*rows, strict=True))
+    return write_parquet(folder, domain=domains, prompt=prompts, response=responses, split=splits)
+
+
 def test_a_stage_publishes_and_a_run_of_the_same_name_goes_on_from_its_checkpoint(
     served: Served, tmp_path: Path
 ) -> None:
     root = tmp_path / "root"
-    generate_starter(tmp_path / "data")
-    settings = StageSettings(root=root, data=tmp_path / "data", recipe=RECIPE, name="test")
+    settings = StageSettings(root=root, data=write_data(tmp_path / "data"), recipe=RECIPE, name="test")
     fit("base", settings, run_name="one", num_cpus=0.5)
     assert Catalog(root).load().base == 1
     # All steps are done: a run that resumes has nothing left to learn and publishes the same weights.
@@ -44,7 +55,7 @@ def test_a_stage_publishes_and_a_run_of_the_same_name_goes_on_from_its_checkpoin
 
 def test_two_workers_one_of_them_killed_publish_what_one_does(served: Served, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    generate_starter(tmp_path / "data")
+    write_data(tmp_path / "data")
     adapters = AdapterSettings(rank=2, num_steps=18, tokens_per_batch=128, learned_loss=0.0)
     recipe = RECIPE.model_copy(update={"adapters": adapters, "checkpoint_every_steps": 3})
     one, two = (
