@@ -5,7 +5,6 @@ everything, to see that it works. Run it on an idle machine: what else runs is m
 """
 
 import argparse
-import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,8 +103,6 @@ def _run(options: argparse.Namespace, errors: Console) -> None:
             print_profile(bench, options.profile)
             return
         figures: Measurements = {}
-        # What is imported stays: collections between scenarios, of engines that have ended, need not look through it.
-        gc.freeze()
         with bench.progress:
             for name in names:
                 measured = SCENARIOS[name].measure(bench)
