@@ -4,30 +4,24 @@ Nothing else changes: no other adapter, not the base, not the trained router, wh
 What is measured is told, and what does not pass the gate is not published.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.config import LiveDomainSettings, StageSettings
-from cluster.errors import GateRefused, InvalidInput, ZephyraError
+from cluster.errors import GateRefused, InvalidInput
 from cluster.lora import peft_format
 from cluster.lora.artifacts import Store
-from cluster.lora.catalog import Catalog, CatalogState, Change
+from cluster.lora.catalog import Catalog, Change
 from cluster.lora.weights import AdapterWeights
-from cluster.messages import AdapterRef, check_domain_name
+from cluster.messages import check_domain_name
 from cluster.model.base import Base
-from cluster.router.domain_prototypes import (
-    PROTOTYPES_FILE,
-    DomainPrototypes,
-    prototypes_from_examples,
-    with_prototypes,
-)
-from cluster.router.examples import EXAMPLES_FILE, Examples
+from cluster.router.domain_prototypes import DomainPrototypes, prototypes_from_examples, with_prototypes
 from cluster.router.tiny_ada import TinyAda
-from cluster.training.artifacts import publish_for_base, published_base, published_router, trained_router
+from cluster.training.artifacts import published_base, published_router, trained_router
 from cluster.training.data import Row, encode, read_data
 from cluster.training.domain_data import examples_of, read_domain
+from cluster.training.domain_version import publish_version, write_version
 from cluster.training.one_pass import FitSettings, fit_adapters, mean_losses
 from cluster.training.provenance import provenance
 from cluster.training.run import Run
@@ -99,7 +93,8 @@ def train_domain(settings: StageSettings, run: Run) -> None:
     def write_adapter(folder: Path) -> None:
         peft_format.save(folder, weights, f"base/{base.name}", made)
 
-    after = _publish(settings.root, state, name, write_adapter, prototypes, prompts)
+    store = Store.of(settings.root)
+    after = publish_version(store, write_version(store, name, write_adapter, prototypes, prompts), state.base)
     run.say(f"published {after.ref(name)}: routed by {len(prompts):,} examples, in generation {after.generation}")
 
 
@@ -163,29 +158,3 @@ def _found(router: TinyAda, rows: Sequence[Row]) -> dict[str, float]:
     for row, decision in zip(rows, decisions, strict=True):
         hits.setdefault(row.domain, []).append(chosen_domain(decision) == row.domain)
     return {domain: sum(of_domain) / len(of_domain) for domain, of_domain in hits.items()}
-
-
-def _publish(
-    root: Path,
-    state: CatalogState,
-    name: str,
-    write_adapter: Callable[[Path], None],
-    prototypes: DomainPrototypes,
-    prompts: Examples,
-) -> CatalogState:
-    """Write adapter, prototypes and examples as the domain's next version, and make that the current one."""
-    store, rows = Store.of(root), prototypes.to_bytes()
-
-    def write(folder: Path) -> None:
-        write_adapter(folder)
-        (folder / PROTOTYPES_FILE).write_bytes(rows)
-        (folder / EXAMPLES_FILE).write_bytes(prompts.to_bytes())
-
-    version = store.write_version(f"adapters/{name}", write)
-    change = Change(adapters={name: version}, prototypes={name: hashlib.sha256(rows).hexdigest()})
-    try:
-        return publish_for_base(Catalog(store), change, state.base)
-    except ZephyraError:
-        # The base, or the name, is another's now: nobody shall roll back to this.
-        store.discard_adapter(AdapterRef(name, version))
-        raise

@@ -3,7 +3,6 @@
 Every wire calls these. Each checks all it can before it writes, and writes files before the catalog's generation.
 """
 
-import hashlib
 import json
 import time
 from collections import defaultdict
@@ -19,7 +18,6 @@ from cluster.errors import (
     InvalidAdapter,
     InvalidInput,
     StageOrder,
-    StorageUnavailable,
     UnknownDomain,
     ZephyraError,
 )
@@ -39,8 +37,9 @@ from cluster.router.domain_prototypes import (
     DomainPrototypes,
     prototypes_from_examples,
 )
-from cluster.router.examples import EXAMPLES_FILE, Examples, examples_beside
+from cluster.router.examples import Examples, examples_beside
 from cluster.training.artifacts import publish_for_base, trained_router
+from cluster.training.domain_version import publish_version, write_version
 from deployments.domains.info import DomainChange, DomainHistory, DomainInfo, DomainPage
 
 _READERS = 16
@@ -103,15 +102,13 @@ class Domains:
         elif not given:
             given = self._examples_before(state, name)
         prototypes = self._prototypes(state, name, given, is_data_free) if given else None
-        change = self._write(name, packed, given, prototypes)
-        try:
-            generation = self._publish(change, state, expected_generation)
-        except StorageUnavailable:
-            # It may be published all the same.
-            raise
-        except ZephyraError:
-            self._store.discard_adapter(AdapterRef(name, change.adapters[name]))
-            raise
+        kept = {"added_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_examples": len(given)}
+
+        def write(folder: Path) -> None:
+            write_adapter(folder, packed.config_json, packed.base_fingerprint, packed.tensors.data, kept)
+
+        change = write_version(self._store, name, write, prototypes, given)
+        generation = publish_version(self._store, change, state.base, expected_generation).generation
         return DomainChange(name, change.adapters[name], generation)
 
     def remove(self, name: str, expected_generation: int | None = None) -> DomainChange:
@@ -168,23 +165,6 @@ class Domains:
         if DomainPrototypes.from_bytes(rows).is_data_free:
             return Examples()
         return examples_beside(self._store, ref) or Examples()
-
-    def _write(
-        self, name: str, packed: PackedAdapter, examples: Examples, prototypes: DomainPrototypes | None
-    ) -> Change:
-        """Write the domain's next version; what is to be published then."""
-        kept = {"added_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "num_examples": len(examples)}
-        rows = None if prototypes is None else prototypes.to_bytes()
-
-        def write(folder: Path) -> None:
-            write_adapter(folder, packed.config_json, packed.base_fingerprint, packed.tensors.data, kept)
-            if rows is not None:
-                (folder / PROTOTYPES_FILE).write_bytes(rows)
-                (folder / EXAMPLES_FILE).write_bytes(examples.to_bytes())
-
-        version = self._store.write_version(f"adapters/{name}", write)
-        named = {} if rows is None else {name: hashlib.sha256(rows).hexdigest()}
-        return Change(adapters={name: version}, prototypes=named)
 
     def _publish(self, change: Change, state: CatalogState, expected_generation: int | None) -> int:
         """The generation that holds the change."""
