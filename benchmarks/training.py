@@ -22,6 +22,7 @@ from benchmarks.figures import Measurement, Measurements, interleaved, paired_ra
 from benchmarks.report import in_words, result_line
 from benchmarks.system import num_cores
 from benchmarks.training_peers import Plan, train_with_peft, train_with_trainer
+from benchmarks.training_run import QuietRun
 from benchmarks.training_workers import Work, compare
 from cluster.config import CHECKOUT, AdapterSettings, BaseSettings
 from cluster.lora.weights import AdapterWeights
@@ -33,7 +34,6 @@ from cluster.training.data import BatchPlan, Example, encode, read_data
 from cluster.training.grouped_lora import AdapterShape, GroupedAdapters
 from cluster.training.one_pass import FitSettings, fit_adapters, mean_losses
 from cluster.training.stage_base import fit_base
-from cluster.training.workers import Workers
 
 _DATA = CHECKOUT.parent / "shared" / "data" / "domains"
 _PASSES_PER_STEP = (1, 2, 4)
@@ -174,13 +174,13 @@ class Bench:
     def _all_examples(self) -> list[Example]:
         return [example for examples in self.train.values() for example in examples]
 
-    def _fit_base(self, model: PreTrainedModel, run: "_Run | None" = None) -> None:
+    def _fit_base(self, model: PreTrainedModel, run: "QuietRun | None" = None) -> None:
         every = _NEVER if run is None else max(1, self.effort.base.num_steps // 2)
-        fit_base(model, self._all_examples(), self.effort.base, 0, every, run or _Run())
+        fit_base(model, self._all_examples(), self.effort.base, 0, every, run or QuietRun())
 
-    def _fit_adapters(self, base: Base, run: "_Run | None" = None) -> dict[str, AdapterWeights]:
+    def _fit_adapters(self, base: Base, run: "QuietRun | None" = None) -> dict[str, AdapterWeights]:
         every = _NEVER if run is None else max(1, self.effort.adapters.num_steps // 2)
-        fitted = fit_adapters(base, self.train, FitSettings(self.effort.adapters, 0, every), run or _Run())
+        fitted = fit_adapters(base, self.train, FitSettings(self.effort.adapters, 0, every), run or QuietRun())
         return {domain: one.weights for domain, one in fitted.items()}
 
     def _plan(self, domain: str) -> Plan:
@@ -216,38 +216,29 @@ class _Stopped(Exception):
     """Raised where a process would be killed."""
 
 
-class _Run:
-    """A run without a terminal; given a folder, it keeps checkpoints there, and may be stopped after the first."""
+class _Resumed(QuietRun):
+    """A run that keeps its checkpoints in a folder, and is stopped after the first if it `stops`."""
 
-    def __init__(self, folder: Path | None = None, stops: bool = False, workers: Workers | None = None) -> None:
-        self.workers = workers or Workers()
+    def __init__(self, folder: Path, stops: bool = False) -> None:
+        super().__init__()
         self._folder, self._stops = folder, stops
 
-    def start(self, title: str, num_steps: int) -> None:
-        pass
-
-    def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
-
     def checkpoint(self, save: Callable[[Path], None]) -> None:
-        if self._folder is not None and self._stops:
+        if self._stops:
             save(self._folder)
             raise _Stopped
 
     def restore(self) -> Path | None:
-        return self._folder if self._folder is not None and not self._stops else None
+        return None if self._stops else self._folder
 
 
-def _stopped(train: Callable[[_Run], object]) -> None:
+def _stopped(train: Callable[[QuietRun], object]) -> None:
     """Run `train`, stop it at its first checkpoint, and run it again from there."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train(_Run(Path(folder), stops=True))
+            train(_Resumed(Path(folder), stops=True))
         except _Stopped:
-            train(_Run(Path(folder)))
+            train(_Resumed(Path(folder)))
 
 
 def _are_equal(one: AdapterWeights, other: AdapterWeights) -> bool:

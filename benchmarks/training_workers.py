@@ -16,6 +16,7 @@ from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.figures import Measurement, Measurements
+from benchmarks.training_run import QuietRun
 from cluster.config import AdapterSettings, BaseSettings
 from cluster.model.base import Base
 from cluster.training.data import Example
@@ -36,29 +37,6 @@ class Work:
     train: dict[str, list[Example]]
     base: BaseSettings
     adapters: AdapterSettings
-
-
-class _Run:
-    """A run that keeps the losses and no checkpoints."""
-
-    def __init__(self, workers: Workers) -> None:
-        self.workers = workers
-        self.losses: list[float] = []
-
-    def start(self, title: str, num_steps: int) -> None:
-        pass
-
-    def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.losses.append(metrics["loss"])
-
-    def say(self, text: str) -> None:
-        pass
-
-    def checkpoint(self, save: Callable[[Path], None]) -> None:
-        pass
-
-    def restore(self) -> Path | None:
-        return None
 
 
 def compare(work: Work) -> Measurements:
@@ -95,14 +73,14 @@ def _work(rank: int, count: int, work: Work, folder: Path) -> None:
     out: dict[str, Tensor] = {}
     kinds = {"data_parallel": False, "sharded": True} if count > 1 else {"data_parallel": False}
     for kind, shards in kinds.items():
-        run = _Run(Workers(rank, count, shards))
+        run = QuietRun(Workers(rank, count, shards))
         examples = [example for some in work.train.values() for example in some]
         fit_all = partial(fit_base, copy.deepcopy(work.start), examples, work.base, 0, _NEVER, run)
         out[f"{kind}|seconds"] = _seconds(fit_all)
         if rank == 0:
             out[f"{kind}|losses"] = torch.tensor(run.losses, dtype=torch.float64)
     base = Base(work.trained.eval().requires_grad_(False), work.tokenizer, "0" * 16, "trained")
-    run = _Run(Workers(rank, count))
+    run = QuietRun(Workers(rank, count))
     settings = FitSettings(work.adapters, 0, _NEVER)
 
     def fit() -> None:
