@@ -60,7 +60,9 @@ def _parts(examples: Sequence[Example], most: int) -> list[tuple[list[Example], 
     for example in examples:
         size = len(example.ids) - 1
         if parts and parts[-1][1] + size <= most:
-            parts[-1] = ([*parts[-1][0], example], parts[-1][1] + size)
+            part, filled = parts.pop()
+            part.append(example)
+            parts.append((part, filled + size))
         else:
             parts.append(([example], size))
     return parts

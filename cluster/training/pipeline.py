@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cluster.config import CHECKOUT, StageSettings
 from cluster.training import STAGES
@@ -16,7 +17,7 @@ def run_all(settings: StageSettings, run_stage: Callable[[str], None], again: bo
     Other data, another recipe or another base than last time starts over too.
     """
     path = settings.root / _FILE
-    kept = json.loads(path.read_text()) if path.is_file() and not again else {}
+    kept = {} if again else _kept(settings.root)
     asked = {"data": str(settings.data), "recipe": settings.name, "base": settings.base}
     same = all(kept.get(name) == value for name, value in asked.items())
     done: list[str] = kept["done"] if same else []
@@ -33,14 +34,13 @@ def run_all(settings: StageSettings, run_stage: Callable[[str], None], again: bo
 
 def is_trained(root: Path) -> bool:
     """Whether all stages of some recipe are done in `root`."""
-    path = root / _FILE
-    return path.is_file() and set(json.loads(path.read_text())["done"]) == set(STAGES)
+    return set(_kept(root).get("done", ())) == set(STAGES)
 
 
 def data_of(root: Path) -> Path | None:
     """The data that `root` was trained on, None if it is not known."""
-    path = root / _FILE
-    return Path(json.loads(path.read_text())["data"]) if path.is_file() else None
+    kept = _kept(root)
+    return Path(kept["data"]) if kept else None
 
 
 def root_trained_on(data: Path) -> Path | None:
@@ -54,5 +54,11 @@ def live_recipe(root: Path) -> str:
 
     Where that is not known, the base is one that others trained.
     """
+    return str(_kept(root).get("recipe", "pretrained"))
+
+
+def _kept(root: Path) -> dict[str, Any]:
+    """What is remembered of the training of `root`; empty if nothing is."""
     path = root / _FILE
-    return json.loads(path.read_text())["recipe"] if path.is_file() else "pretrained"
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return kept
