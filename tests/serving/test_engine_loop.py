@@ -11,6 +11,7 @@ from cluster.errors import AdapterUnavailable, IncompatibleAdapter, PromptTooLon
 from cluster.lora.packed_adapter import pack
 from cluster.lora.peft_format import unpack
 from cluster.messages import AdapterRef, FinishReason, GenerateRequest, Mixture, SamplingParams
+from deployments.replica import engine_loop
 from deployments.replica.engine_loop import EngineLoop
 from tests.nano import nano_base, publish_adapter
 
@@ -229,3 +230,32 @@ async def test_an_engine_that_breaks_fails_all_its_requests_and_says_so(root, di
         await answer(loop, request("late"))
     with pytest.raises(ReplicaLost):
         await loop.stats()
+
+
+class WatchedEngine(Engine):
+    """Counts how often it looked at itself."""
+
+    num_checks = 0
+
+    def check_integrity(self):
+        super().check_integrity()
+        self.num_checks += 1
+
+
+@pytest.mark.parametrize(("idle_s", "num_checks"), [(60.0, 0), (0.01, 1)])
+async def test_an_engine_looks_at_itself_once_when_it_stays_idle(root, monkeypatch, idle_s, num_checks):
+    monkeypatch.setattr(engine_loop, "_IDLE_S", idle_s)
+    engine = WatchedEngine(nano_base(root), EngineSettings())
+    loop = EngineLoop(engine, Disk(root).fetch)
+    assert await answer(loop, request("before"))
+    before = engine.num_checks
+    assert await answer(loop, request("after"))
+    for _ in range(50):
+        await asyncio.sleep(0.02)
+        if engine.num_checks > before:
+            break
+    settled_checks = engine.num_checks
+    await asyncio.sleep(0.1)
+    assert engine.num_checks == settled_checks, "once for all the time that it is idle"
+    assert min(settled_checks - before, 1) == num_checks
+    loop.stop()
