@@ -235,12 +235,17 @@ async def is_idle(replica):
     return stats.num_running + stats.num_waiting == 0
 
 
-@pytest.mark.parametrize("is_there", [lambda stats: stats.num_running == 1, lambda stats: stats.num_finished > 0])
+def is_read(stats):
+    """The first label is, or was: on a quick machine it may have been between two looks."""
+    return stats.num_running == 1 or stats.num_finished > 0
+
+
+@pytest.mark.parametrize("is_there", [is_read, lambda stats: stats.num_finished > 0])
 async def test_a_caller_that_leaves_takes_all_its_labels_along(system, is_there):
     """Whether it leaves while the first is read, or while the others are."""
     labels = [f"label {index}" for index in range(64)]
     task = asyncio.ensure_future(system.gateway.classify(classifying(LONG_PROMPT, labels)))
-    await until(lambda: _is(system.replica, is_there))
+    await until(lambda: _is(system.replica, is_there), pause_s=0)
     task.cancel()
     await until(lambda: is_idle(system.replica))
     assert (await system.replica.stats()).num_finished < len(labels)

@@ -44,11 +44,11 @@ async def ask(gateway, given):
         return answer.routing, [token async for piece in answer.pieces() for token in piece.chunk.token_ids]
 
 
-async def until(condition, seconds=5.0):
+async def until(condition, seconds=5.0, pause_s=0.02):
     end = asyncio.get_running_loop().time() + seconds
     while not await condition():
         assert asyncio.get_running_loop().time() < end, "it did not come to be"
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(pause_s)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_an_adapter_that_is_worse_than_the_base_is_refused(root: Path, tmp_path:
         split=["train"] * 20 + ["val"] * 20,
     )
     before = contents(root)
-    recipe = RECIPE.model_copy(update={"adapters": AdapterSettings(rank=4, num_steps=60, learning_rate=0.1)})
+    recipe = RECIPE.model_copy(update={"adapters": AdapterSettings(rank=4, num_steps=60, learning_rate=0.01)})
     with pytest.raises(GateRefused, match="loss of tax"):
         train_domain(settings(root, data).model_copy(update={"recipe": recipe}), FolderRun(tmp_path / "run"))
     assert contents(root) == before
