@@ -26,7 +26,7 @@ def scenario_parser(name: str, about: str | None, scenarios: Mapping[str, Descri
         prog=f"python -m benchmarks.{name}",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="scenarios:\n" + "\n".join(f"  {key:10} {scenario.what}" for key, scenario in scenarios.items()),
+        epilog="scenarios:\n" + "\n".join(f"  {key:12} {scenario.what}" for key, scenario in scenarios.items()),
     )
     parser.add_argument("--only", nargs="+", choices=scenarios, metavar="NAME", help="scenarios to run")
     return parser

@@ -1,5 +1,6 @@
 """Training's figures: adapters of all domains in one pass beside PEFT's one after the other, pretraining beside the
-Trainer, and whether a run that was stopped gives what the unbroken one gives.
+Trainer, whether a run that was stopped gives what the unbroken one gives, and what whole libraries of adapters are
+worth.
 
 Both sides have the same rows in the same order, the same initial weights, optimizer, schedule, threads and 32-bit
 numbers; a ratio is that of two runs that followed one another. Run it on an idle machine; --quick shows that it works.
@@ -21,6 +22,7 @@ from benchmarks.command import check_options, ended_well, scenario_parser
 from benchmarks.figures import Measurement, Measurements, interleaved, paired_ratios
 from benchmarks.report import in_words, result_line
 from benchmarks.system import num_cores
+from benchmarks.training_library import many_tasks, open_domains
 from benchmarks.training_peers import Plan, train_with_peft, train_with_trainer
 from benchmarks.training_run import QuietRun
 from benchmarks.training_workers import Work, compare
@@ -55,6 +57,7 @@ class Effort:
     adapters: AdapterSettings = _ADAPTERS
     val_rows: int = 20
     rounds: int = 3
+    is_quick: bool = False
 
 
 QUICK = Effort(
@@ -65,6 +68,7 @@ QUICK = Effort(
     adapters=AdapterSettings(rank=4, alpha=8, num_steps=4, tokens_per_batch=512, learning_rate=2e-3, learned_loss=0),
     val_rows=4,
     rounds=1,
+    is_quick=True,
 )
 
 
@@ -72,6 +76,7 @@ class Bench:
     """The data as token ids, a base that knows a little of them, and how much is to be done."""
 
     def __init__(self, data: Path, effort: Effort, console: Console) -> None:
+        self.data = data
         content = read_data(data)
         rows = {domain: content.rows("train", domain, effort.rows_per_domain) for domain in content.domains}
         texts = [text for some in rows.values() for row in some for text in (row.prompt, row.response)]
@@ -170,6 +175,14 @@ class Bench:
         adapters = self.effort.adapters.model_copy(update={"num_steps": min(2, self.effort.adapters.num_steps)})
         work = Work(self.start, self.base().model, self.tokenizer, self.train, base, adapters)
         return compare(work)
+
+    def open_domains(self) -> Measurements:
+        """Every stage on the open domains."""
+        return open_domains(self.data, self.effort.is_quick, torch.get_num_threads(), self.console)
+
+    def many_tasks(self) -> Measurements:
+        """Every stage on the small tasks, whose folder lies beside that of the open domains."""
+        return many_tasks(self.data.parent / "manytask", self.effort.is_quick, torch.get_num_threads(), self.console)
 
     def _all_examples(self) -> list[Example]:
         return [example for examples in self.train.values() for example in examples]
@@ -271,6 +284,8 @@ SCENARIOS = {
     "adapters": Scenario(Bench.adapters, "tokens/s and losses of all adapters in one pass beside PEFT's"),
     "resuming": Scenario(Bench.resuming, "stopped and resumed against unbroken, bit for bit"),
     "workers": Scenario(Bench.workers, "two workers against one: seconds, losses, weights"),
+    "open_domains": Scenario(Bench.open_domains, "13 real domains, trained in one job: table, what routing costs"),
+    "manytask": Scenario(Bench.many_tasks, "275 tasks in one job: table by family, four shards, pruned to half"),
 }
 
 

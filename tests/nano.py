@@ -20,7 +20,7 @@ from cluster.router.tiny_ada import TinyAda
 DOMAINS = ("law", "math", "sql")
 CONTEXT_TOKENS = 4096
 _TEXTS = ["the quick brown fox jumps over the lazy dog", "What is 7 times 6?", "select name from users where id = 1"]
-_SENTENCES = {
+SENTENCES = {
     "law": ["the court ruled that", "is this contract valid", "the judge dismissed the appeal", "sue my landlord"],
     "math": ["solve the equation", "the integral of x squared", "prove the theorem", "what is 7 times 6"],
     "sql": ["select name from users", "join two tables", "delete rows where id is null", "an index on a column"],
@@ -80,8 +80,8 @@ def publish_router(root: Path, sentence_encoder: str | None = None) -> TinyAda:
 
     It never says none: what it decides would otherwise depend on how well a second teaches that.
     """
-    texts = [text for lines in _SENTENCES.values() for text in lines]
-    domains = [domain for domain, lines in _SENTENCES.items() for _ in lines]
+    texts = [text for lines in SENTENCES.values() for text in lines]
+    domains = [domain for domain, lines in SENTENCES.items() for _ in lines]
     settings = RouterSettings(steps=40, batch_size=16, sentence_encoder=sentence_encoder)
     fit = RouterFit(texts, domains, texts, domains, settings, nano_base(root).num_parameters)
     for _ in range(fit.num_steps):

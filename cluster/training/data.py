@@ -1,10 +1,10 @@
 """Training data: Parquet in, batches of token ids out. Knows nothing of models or adapters.
 
 A folder of Parquet files with columns `domain, prompt, response, split`; others are ignored, except two. `prompt_bare`
-is the prompt without words that give its domain away, which the router reads where it is there; `topic` is the kind of
-prompt within its domain, which helps the router to tell domains apart. Two names are no domains: rows of `none` are
-prompts that no domain answers (the router learns to abstain on them, the base to answer them), rows of `base` are text
-for the base alone.
+is the prompt without words that give its domain away: the router learns from it too, and is measured on it; `topic` is
+the kind of prompt within its domain, which helps the router to tell domains apart. Two names are no domains: rows of
+`none` are prompts that no domain answers (the router learns to abstain on them, the base to answer them), rows of
+`base` are text for the base alone.
 """
 
 import hashlib
@@ -37,10 +37,15 @@ class Row:
     domain: str
     prompt: str
     response: str
-    routed_prompt: str
-    """What the router reads."""
+    bare_prompt: str
+    """The prompt without words that give its domain away; the prompt itself where the data has no other."""
     topic: str = ""
     """Its kind within the domain; empty where the data names none."""
+
+    @property
+    def routed_prompts(self) -> tuple[str, ...]:
+        """What the router learns from: what people send may have the words that give the domain away, or lack them."""
+        return tuple(dict.fromkeys((self.bare_prompt, self.prompt)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +103,8 @@ def read_data(folder: Path, bad_rows: BadRowSettings | None = None) -> DataSet:
 
 def row_of(record: dict[str, str], domain: str) -> Row:
     """A record of a file as a row."""
-    routed = record.get("prompt_bare", record["prompt"])
-    return Row(domain, record["prompt"], record["response"], routed, record.get("topic", ""))
+    bare = record.get("prompt_bare", record["prompt"])
+    return Row(domain, record["prompt"], record["response"], bare, record.get("topic", ""))
 
 
 def check_split(split: str, index: int, file: Path) -> None:

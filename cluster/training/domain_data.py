@@ -64,12 +64,13 @@ def read_domain(data: Path, domain: str, bad_rows: BadRowSettings, held_out_shar
 
 def examples_of(rows: Sequence[Row]) -> Examples:
     """The prompts that the router learns the domain from: of many, evenly spread ones. Empty if no row has one."""
-    fitting = [row for row in rows if row.routed_prompt.strip() and len(row.routed_prompt) <= MAX_EXAMPLE_CHARACTERS]
+    pairs = [(prompt, row.topic) for row in rows for prompt in row.routed_prompts]
+    fitting = [pair for pair in pairs if pair[0].strip() and len(pair[0]) <= MAX_EXAMPLE_CHARACTERS]
     spacing = max(1, -(-len(fitting) // MAX_EXAMPLES))
     while True:
         chosen = fitting[::spacing]
-        topics = tuple(row.topic for row in chosen)
-        examples = Examples(tuple(row.routed_prompt for row in chosen), topics if all(topics) and topics else None)
+        topics = tuple(topic for _, topic in chosen)
+        examples = Examples(tuple(prompt for prompt, _ in chosen), topics if all(topics) and topics else None)
         if len(examples.to_bytes()) <= MAX_EXAMPLES_BYTES:
             return examples
         spacing *= 2

@@ -157,7 +157,7 @@ class _Pruner:
         self._first_names = sorted(refs)
         # Not those with rows of their own beside the adapter, which a new version would have to take along.
         self._combinable = {name for name in library.router.domains if name in refs and name not in state.prototypes}
-        weights = [dict(d.weights) for d in library.router.route([row.routed_prompt for row in rows])]
+        weights = [dict(d.weights) for d in library.router.route([row.prompt for row in rows])]
         nats_M, self._tokens_M = self._losses.of_rows(rows, library.mixtures(weights))
         self._now = _Measured(library, weights, nats_M)
         self._before = self._by_domain(nats_M)
@@ -230,7 +230,7 @@ class _Pruner:
         if action.into is None:
             after = now.library.without(action.ref)
             # A row that did not use it is decided as before: removing a domain leaves other logits as they are.
-            for number, decision in zip(touched, after.router.route([r.routed_prompt for r in rows]), strict=True):
+            for number, decision in zip(touched, after.router.route([r.prompt for r in rows]), strict=True):
                 weights[number] = dict(decision.weights)
         else:
             after = self._combined(now.library, action.ref, action.into)

@@ -80,7 +80,7 @@ def evaluate_router(router: TinyAda, rows: Sequence[Row], split: str) -> RouterR
         raise InvalidData(
             f"The data have no {split} rows of {', '.join(router.domains)}; name another --split or --data."
         )
-    decisions = router.route([row.routed_prompt for row in rows])
+    decisions = router.route([row.bare_prompt for row in rows])
     chosen = [chosen_domain(decision) for decision in decisions]
     counts: dict[str, Counter[str]] = {}
     for row, name in zip(rows, chosen, strict=True):
@@ -108,7 +108,7 @@ def evaluate_router(router: TinyAda, rows: Sequence[Row], split: str) -> RouterR
         {name: dict(found) for name, found in counts.items()},
         bins,
         reliability.effective_number(mass.values()),
-        _median_ms(router, [row.routed_prompt for row in rows]),
+        _median_ms(router, [row.bare_prompt for row in rows]),
     )
 
 
@@ -133,7 +133,7 @@ def _confusions(rows: Sequence[Row], chosen: Sequence[str]) -> tuple[Confusion, 
     for row, name in zip(rows, chosen, strict=True):
         if name not in (row.domain, NONE_DOMAIN):
             counts[row.domain, name] += 1
-            examples.setdefault((row.domain, name), row.routed_prompt)
+            examples.setdefault((row.domain, name), row.bare_prompt)
     return tuple(Confusion(*pair, count, examples[pair]) for pair, count in counts.most_common(MAX_CONFUSIONS))
 
 

@@ -153,7 +153,7 @@ def _routing(
 
 def _found(router: TinyAda, rows: Sequence[Row]) -> dict[str, float]:
     """Of each domain's prompts, the share that the router sends to it."""
-    decisions = router.route([row.routed_prompt for row in rows])
+    decisions = router.route([row.bare_prompt for row in rows])
     hits: dict[str, list[bool]] = {}
     for row, decision in zip(rows, decisions, strict=True):
         hits.setdefault(row.domain, []).append(chosen_domain(decision) == row.domain)

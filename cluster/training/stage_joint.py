@@ -44,12 +44,12 @@ class _System:
 
 def train_joint(settings: StageSettings, run: Run) -> None:
     """Fine-tune all adapters and the router together; publish them in one generation, or nothing."""
-    catalog = Catalog(settings.root)
-    state = catalog.load()
-    system = _load(settings, state)
     if settings.recipe.joint.num_steps == 0:
         run.say("the recipe leaves the joint stage out")
         return
+    catalog = Catalog(settings.root)
+    state = catalog.load()
+    system = _load(settings, state)
     data = stage_data(settings, run)
     domains = system.adapters.domains
     before = _losses(system, data, settings)
@@ -142,7 +142,7 @@ def _calibrated(router: TinyAda, train: list[Row], held_out: list[Row], target: 
 
 
 def _share_right(router: TinyAda, rows: list[Row]) -> float:
-    decisions = router.route([row.routed_prompt for row in rows])
+    decisions = router.route([row.bare_prompt for row in rows])
     return sum(chosen_domain(d) == row.domain for d, row in zip(decisions, rows, strict=True)) / len(rows)
 
 
@@ -202,7 +202,7 @@ def _draw(rows: dict[str, list[Row]], step: int, settings: StageSettings) -> lis
 def _joint_loss(system: _System, rows: list[Row], settings: StageSettings) -> tuple[torch.Tensor, int]:
     """Language-model loss through soft mixtures plus the weighted loss of the router's labels, and the tokens seen."""
     options = settings.recipe.joint
-    log_probabilities_BN = system.router.scores([row.routed_prompt for row in rows])
+    log_probabilities_BN = system.router.scores([row.prompt for row in rows])
     examples = encode(system.base.tokenizer, rows, options.max_tokens)
     batch = collate([[example] for example in examples], padding_id(system.base.tokenizer), learn_prompts=False)
     # The last column is none: its probability is the share of the plain base.

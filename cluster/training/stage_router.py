@@ -34,10 +34,10 @@ def train_router(settings: StageSettings, run: Run) -> None:
     if missing := set(data.domains) - state.adapters.keys() - state.aliases.keys():
         raise StageOrder(f"Domain {min(missing)!r} has no adapter yet; run stage 'adapters' on this data first.")
     train, val = (router_rows(data, split, recipe.train_rows_per_domain) for split in ("train", "val"))
-    topics = [row.topic for row in train]
     if recipe.router.sentence_encoder is not None:
         folder = find_sentence_model(recipe.router.sentence_encoder)
         run.say(f"the sentence encoder in {folder.name} reads {len(train) + len(val):,} prompts, each once")
+    topics = [row.topic for row in train for _ in row.routed_prompts]
     fit = RouterFit(*router_columns(train), *router_columns(val), recipe.router, base.num_parameters, topics)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # its products are so small that a second thread only waits for the first
@@ -74,8 +74,8 @@ def chosen_domain(decision: RoutingDecision) -> str:
 
 
 def routing_summary(router: TinyAda, rows: Sequence[Row]) -> str:
-    """Accuracy on domains' prompts, how many of them were turned away, and how many of no domain were."""
-    decisions = router.route([row.routed_prompt for row in rows])
+    """Accuracy on domains' bare prompts, how many of them were turned away, and how many of no domain were."""
+    decisions = router.route([row.bare_prompt for row in rows])
     counts: Counter[str] = Counter()
     for row, decision in zip(rows, decisions, strict=True):
         chosen = chosen_domain(decision)
@@ -91,8 +91,9 @@ def routing_summary(router: TinyAda, rows: Sequence[Row]) -> str:
 
 
 def router_columns(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """The rows' prompts and their domains."""
-    return [row.routed_prompt for row in rows], [row.domain for row in rows]
+    """The rows' prompts, bare and as they are sent, and their domains."""
+    pairs = [(prompt, row.domain) for row in rows for prompt in row.routed_prompts]
+    return [prompt for prompt, _ in pairs], [domain for _, domain in pairs]
 
 
 def _fit(fit: RouterFit, settings: StageSettings, run: Run) -> None:

@@ -26,7 +26,7 @@ def test_the_report_counts_right(ada: TinyAda) -> None:
     rows = _rows()
     report = evaluate_router(ada, rows, "val")
     found = {
-        row: max(w := ada.route([row.routed_prompt])[0].weights, key=w.__getitem__, default=NONE_DOMAIN) for row in rows
+        row: max(w := ada.route([row.bare_prompt])[0].weights, key=w.__getitem__, default=NONE_DOMAIN) for row in rows
     }
     known = [row for row in rows if row.domain in ada.domains]
     assert report.accuracy == pytest.approx(np.mean([found[row] == row.domain for row in known]))
@@ -42,7 +42,7 @@ def test_the_report_counts_right(ada: TinyAda) -> None:
     wrong = [row for row in rows[:-1] if found[row] not in (row.domain, NONE_DOMAIN)]
     assert sum(one.rows for one in report.confusions) == len(wrong) > 0
     for one in report.confusions:
-        alike = [row.routed_prompt for row in wrong if (row.domain, found[row]) == (one.domain, one.routed_to)]
+        alike = [row.bare_prompt for row in wrong if (row.domain, found[row]) == (one.domain, one.routed_to)]
         assert (one.rows, one.example) == (len(alike), alike[0])
     assert report.p50_ms > 0
 

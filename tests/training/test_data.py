@@ -15,6 +15,7 @@ from cluster.config import BadRowSettings
 from cluster.errors import InvalidData
 from cluster.model.base import encode_prompt
 from cluster.training.data import IGNORED_LABEL, Batch, BatchPlan, Example, Row, collate, encode, read_data
+from cluster.training.stage_router import router_columns
 from tests.training.rows import COLUMNS, nano_tokenizer, some_examples, write_parquet
 
 TOKENIZER = nano_tokenizer()
@@ -32,6 +33,12 @@ def test_rows_come_in_by_split_and_domain_from_all_files(tmp_path: Path) -> None
     assert data.rows("test", "none") == [Row("none", "good morning", "hello", "good morning")]
     assert len(data.rows("train")) == 4
     assert data.rows("train", limit=3) == data.rows("train")[:3]
+
+
+def test_the_router_learns_from_a_prompt_and_from_its_bare_one_where_that_is_another(tmp_path: Path) -> None:
+    write_parquet(tmp_path, prompt_bare=["is this legal?", "b", "c", "d"])
+    rows = read_data(tmp_path).rows("train")
+    assert router_columns(rows) == (["is this legal?", "c", "7 times 6"], ["law", "math", "math"])
 
 
 def test_a_column_topic_names_the_kind_of_each_row_and_may_be_absent(tmp_path: Path) -> None:

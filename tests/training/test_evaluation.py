@@ -11,7 +11,7 @@ from cluster.router.policy import Policy
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.evaluation import EvaluationSettings, Report, evaluate
 from cluster.training.run import LocalRun
-from tests.nano import DOMAINS, build_root, publish_router
+from tests.nano import CONTEXT_TOKENS, DOMAINS, SENTENCES, build_root, publish_router
 from tests.training.rows import write_parquet
 
 NEVER, ALWAYS = 1e3, -1e3
@@ -64,3 +64,37 @@ def test_a_router_that_knows_one_domain_is_the_oracle_there_and_the_base_without
     assert (math.routed_right, math.strange_abstained) == (0, 0)
     assert math.loss.strange == math.loss.routed != math.loss.base
     assert math.loss.worst_adapter != "law" or math.loss.worst == math.loss.routed
+
+
+def test_losses_are_of_the_prompt_as_it_is_sent_and_the_routers_report_of_the_bare_one(
+    root: Path, trained: TinyAda, tmp_path: Path
+) -> None:
+    trained.policy = Policy(ALWAYS)
+    Catalog(root).publish(Change(router=write_version(root / "router", trained.save)))
+    sent, bare = SENTENCES["law"], SENTENCES["math"][: len(SENTENCES["law"])]
+    data = write_parquet(
+        tmp_path,
+        domain=["law"] * len(sent) * 2,
+        prompt=[*sent, *sent],
+        prompt_bare=[*bare, *bare],
+        response=["so be it"] * len(sent) * 2,
+        split=["train"] * len(sent) + ["test"] * len(sent),
+    )
+    with LocalRun("evaluation", tmp_path / "run", Console(quiet=True)) as run:
+        report = evaluate(EvaluationSettings(root, data), run)
+    assert report.domains["law"].routed_right == 1
+    assert report.domains["law"].loss.routed == pytest.approx(report.domains["law"].loss.oracle, rel=0.02)
+    assert report.routing.domains["law"].right == 0
+
+
+def test_a_prompt_that_no_server_would_take_is_answered_by_nobody(root: Path, trained: TinyAda, tmp_path: Path) -> None:
+    data = write_parquet(
+        tmp_path,
+        domain=["law", "law"],
+        prompt=["is this legal?", "is this legal? " * CONTEXT_TOKENS],
+        response=["yes", "yes"],
+        split=["train", "test"],
+    )
+    with LocalRun("evaluation", tmp_path / "run", Console(quiet=True)) as run:
+        match = evaluate(EvaluationSettings(root, data), run).domains["law"].exact_match
+    assert match is not None and match.routed == match.base == 0
