@@ -11,6 +11,7 @@ from cluster.router.policy import Policy
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.evaluation import EvaluationSettings, Report, evaluate
 from cluster.training.run import LocalRun
+from cluster.training.stage_router import chosen_domain
 from tests.nano import CONTEXT_TOKENS, DOMAINS, SENTENCES, build_root, publish_router
 from tests.training.rows import write_parquet
 
@@ -84,7 +85,8 @@ def test_losses_are_of_the_prompt_as_it_is_sent_and_the_routers_report_of_the_ba
         report = evaluate(EvaluationSettings(root, data), run)
     assert report.domains["law"].routed_right == 1
     assert report.domains["law"].loss.routed == pytest.approx(report.domains["law"].loss.oracle, rel=0.02)
-    assert report.routing.domains["law"].right == 0
+    found = [chosen_domain(decision) for decision in trained.route(bare)]
+    assert report.routing.domains["law"].right == found.count("law") / len(bare) < 0.5
 
 
 def test_a_prompt_that_no_server_would_take_is_answered_by_nobody(root: Path, trained: TinyAda, tmp_path: Path) -> None:
@@ -97,4 +99,5 @@ def test_a_prompt_that_no_server_would_take_is_answered_by_nobody(root: Path, tr
     )
     with LocalRun("evaluation", tmp_path / "run", Console(quiet=True)) as run:
         match = evaluate(EvaluationSettings(root, data), run).domains["law"].exact_match
-    assert match is not None and match.routed == match.base == 0
+    assert match is not None
+    assert match.routed == match.base == 0
