@@ -12,6 +12,7 @@ from ray.serve.schema import LoggingConfig
 
 import cluster
 from cluster.config import CHECKOUT, AppSettings, FetchSettings
+from cluster.environment import set_environment
 from cluster.errors import InvalidInput
 from cluster.lora.catalog import Catalog
 from cluster.model.quantized_artifact import is_quantized
@@ -42,6 +43,19 @@ ONE_LOOP = {
 """The environment of a replica whose code, calls and answers share an event loop: an ask and its answer then change
 threads four times less. For code that never blocks its loop."""
 
+MAX_GRPC_BYTES = 64 * 2**20
+"""Of a message to Serve's proxy, decompressed, or from it; holds sixteen long answers with log-probabilities."""
+
+PROXY = {
+    # It would take messages of 2 GiB otherwise.
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(MAX_GRPC_BYTES),
+    # It asks the Gateway over gRPC then and not by Ray's object store, which takes twice as much CPU per token.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(MAX_GRPC_BYTES),
+}
+"""The environment of Serve's proxy and of the processes that answer it. They have it from Ray, if that is started after
+an application was built."""
+
 
 def build(settings: AppSettings) -> Application:
     """The application for these settings. Raises before anything starts: `NotTrained` when there is no such base,
@@ -50,6 +64,8 @@ def build(settings: AppSettings) -> Application:
     A base from elsewhere becomes the base of its root, if that has none yet: adapters for it can then be added.
     """
     check_packages()
+    for name, value in PROXY.items():
+        set_environment(name, value)
     if (keys_file := settings.resolved_keys_file()) is not None:
         read_keys(keys_file)
     folder = base_folder(settings)
@@ -80,13 +96,15 @@ def bind(settings: AppSettings) -> Application:
         num_cpus=0.5,
         drain_s=settings.drain_s,
         num_gpus=int(settings.device == "cuda"),
+        env_vars=ONE_LOOP,
         **_num_replicas(settings),
         **(
             {} if settings.affinity_slack is None else {"request_router_config": router_config(settings.affinity_slack)}
         ),
     ).bind(coordinator, settings)
     publisher = _deployment(Publisher, "Publisher", num_cpus=0.1, max_ongoing_requests=64).bind(settings)
-    gateway = _deployment(serve.ingress()(Ingress), "Gateway", num_cpus=0.1, drain_s=settings.drain_s)
+    ingress = serve.ingress()(Ingress)
+    gateway = _deployment(ingress, "Gateway", num_cpus=0.1, drain_s=settings.drain_s, env_vars=ONE_LOOP)
     return gateway.bind(router, replica, publisher, settings)
 
 

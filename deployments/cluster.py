@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from cluster.config import AppSettings
-from cluster.environment import GrpcTls, put_first_on_path, set_environment, told_of_tls
+from cluster.environment import GrpcTls, put_first_on_path, told_of_tls
 from cluster.errors import InvalidInput, PortTaken
 from deployments.api.grpc_service import check_certificate
 from deployments.api.keys import read_keys
@@ -24,8 +24,6 @@ from deployments.api.loopback import is_local
 
 HOST = "127.0.0.1"
 _stop_serve: Callable[[], None] = serve.shutdown  # Ray leaves it untyped
-MAX_GRPC_BYTES = 64 * 2**20
-"""Of a message to Serve's proxy, decompressed, or from it; holds sixteen long answers with log-probabilities."""
 SERVICER = "deployments.api.grpc_service.add_service"
 
 
@@ -110,8 +108,6 @@ def serving(settings: AppSettings, ports: Ports, quiet: bool = False, num_cpus: 
     ports.check_free()
     # A job's `python` is looked up on the cluster's path: it should be this one, which has the packages.
     put_first_on_path(Path(sys.executable).parent)
-    # Read by the proxy's process, which would take messages of 2 GiB otherwise.
-    set_environment("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(MAX_GRPC_BYTES))
     with told_of_tls(ports.grpc_tls()):
         ray.init(
             address="local",

@@ -7,6 +7,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -303,6 +304,11 @@ def _resolved(request: ClientRequest, mixture: Mixture, left_s: float | None) ->
 
 async def _interleaved(streams: Sequence[AsyncGenerator[TokenChunk, None]]) -> AsyncGenerator[Piece, None]:
     """The chunks of all streams as they come. An error of one, or closing this early, ends them all."""
+    if len(streams) == 1:  # what most ask for, and waiting for the first of one costs a task for each token
+        async with aclosing(streams[0]) as only:
+            async for next_chunk in only:
+                yield Piece(0, next_chunk)
+        return
     awaited = {asyncio.ensure_future(anext(stream, None)): index for index, stream in enumerate(streams)}
     try:
         while awaited:

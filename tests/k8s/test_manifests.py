@@ -14,6 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import DEFAULT_KEYS_FILE, AppSettings, Recipe, StageSettings
 from cluster.training import STAGES
+from deployments.application import PROXY
 from deployments.cluster import SERVICER
 from deployments.train import parser
 from tests.k8s.kinds import KINDS
@@ -200,6 +201,13 @@ def test_versions_are_those_of_this_checkout_and_ray_asks_for_a_token() -> None:
             assert _cluster(one)["rayVersion"] == ray.__version__
             assert _cluster(one)["authOptions"] == {"mode": "token"}
     assert 'version = "0.1.0"' in (CHECKOUT / "pyproject.toml").read_text()
+
+
+def test_serving_pods_have_the_environment_that_the_proxy_is_to_have() -> None:
+    for owner, _, pod in _pods():
+        if owner == "RayService":
+            (container,) = pod["spec"]["containers"]
+            assert {one["name"]: one["value"] for one in container["env"]} == PROXY
 
 
 def test_there_is_one_job_for_each_stage_and_its_command_is_understood() -> None:

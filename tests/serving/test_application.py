@@ -1,5 +1,6 @@
 """How the application is built and configured, short of starting it."""
 
+import os
 import socket
 from types import ModuleType
 
@@ -16,7 +17,7 @@ from cluster.errors import CorruptArtifact, InvalidInput, NotTrained, PortTaken
 from cluster.lora.catalog import Catalog, Change
 from deployments import app
 from deployments.api.grpc_service import add_service
-from deployments.application import ONE_LOOP, bind, build, check_packages
+from deployments.application import ONE_LOOP, PROXY, bind, build, check_packages
 from deployments.cluster import Ports, serving
 from tests.conftest import free_port
 
@@ -60,13 +61,23 @@ def test_settings_reach_the_deployments_they_are_for():
     assert on_gpus.request_router_config.is_default_request_router()
 
 
-def test_the_coordinator_and_the_shards_have_one_loop_by_switches_that_ray_knows():
+def test_what_every_token_passes_has_one_loop_by_switches_that_ray_knows():
     """An upgrade that drops one of them would cost a third of a fan-out and say nothing."""
     deployments = deployments_of(bind(AppSettings()))
-    for name in ("Coordinator", "AdapterShard-0"):
+    for name in ("Gateway", "BaseReplica", "Coordinator", "AdapterShard-0"):
         assert deployments[name].ray_actor_options["runtime_env"] == {"env_vars": ONE_LOOP}
     switches = {name: str(int(getattr(constants, name))) for name in ONE_LOOP}
     assert switches == dict.fromkeys(ONE_LOOP, "1")
+
+
+def test_the_proxy_is_told_to_speak_grpc_by_switches_that_ray_knows(root, monkeypatch):
+    """As above: half of what a token costs. An environment that says otherwise is left as it is."""
+    for name in PROXY:
+        monkeypatch.delenv(name, raising=False)
+        assert hasattr(constants, name)
+    monkeypatch.setenv("RAY_SERVE_PROXY_USE_GRPC", "0")
+    build(AppSettings(root=str(root)))
+    assert {name: os.environ[name] for name in PROXY} == {**PROXY, "RAY_SERVE_PROXY_USE_GRPC": "0"}
 
 
 def test_serve_run_takes_the_builder_with_strings_for_arguments(root):

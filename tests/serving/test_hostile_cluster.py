@@ -9,7 +9,7 @@ import pytest
 
 from cluster.lora.catalog import Catalog
 from deployments.api.body_limit import MAX_HEADERS
-from deployments.cluster import MAX_GRPC_BYTES
+from deployments.application import MAX_GRPC_BYTES
 from deployments.protos import zephyra_pb2 as pb
 from deployments.protos.zephyra_pb2_grpc import ZephyraStub
 from tests.conftest import Served
