@@ -237,7 +237,7 @@ class StageSettings(_Settings):
     root: Path
     """Where artifacts are read and published; absolute."""
     data: Path
-    """Folder of Parquet files, or one such file for stage `domain`; absolute."""
+    """Folder of Parquet files or saved data sets, or one Parquet file for stage `domain`; absolute."""
     recipe: Recipe
     name: str
     """The recipe's name, kept in the artifacts."""
@@ -251,7 +251,8 @@ class StageSettings(_Settings):
         """Eight hex digits that differ when a setting or a file of the data does: only under the same is a checkpoint
         resumed.
         """
-        files = [self.data] if self.data.is_file() else sorted(self.data.rglob("*.parquet"))
+        below = [file for file in sorted(self.data.rglob("*")) if file.suffix in (".parquet", ".arrow")]
+        files = [self.data] if self.data.is_file() else below
         # Not their digests, which would read them all; who writes to a file changes its time.
         seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.blake2b(f"{self.model_dump_json()} {seen}".encode(), digest_size=4).hexdigest()

@@ -1,14 +1,17 @@
-"""Training data: Parquet in, batches of token ids out. Knows nothing of models or adapters.
+"""Training data: tables in, batches of token ids out. Knows nothing of models or adapters.
 
-A folder of Parquet files with columns `domain, prompt, response, split`; others are ignored, except two. `prompt_bare`
-is the prompt without words that give its domain away: the router learns from it too, and is measured on it; `topic` is
-the kind of prompt within its domain, which helps the router to tell domains apart. Two names are no domains: rows of
-`none` are prompts that no domain answers (the router learns to abstain on them, the base to answer them), rows of
-`base` are text for the base alone.
+A folder of Parquet files, or of data sets that Hugging Face's `datasets` saved, with columns `domain, prompt, response,
+split`; others are ignored, except two. `prompt_bare` is the prompt without words that give its domain away: the router
+learns from it too, and is measured on it; `topic` is the kind of prompt within its domain, which helps the router to
+tell domains apart. A table without `split` says it by its name, as Hugging Face's do (`train-00000-of-00002.parquet`);
+one that has `text` instead of prompt and response is for the base alone. Two names are no domains: rows of `none` are
+prompts that no domain answers (the router learns to abstain on them, the base to answer them), rows of `base` are text
+for the base alone.
 """
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +23,15 @@ from cluster.config import BadRowSettings, StageSettings
 from cluster.errors import InvalidData, InvalidInput
 from cluster.messages import BASE_DOMAIN, NONE_DOMAIN, check_domain_name
 from cluster.model.base import as_question, encode_answers, encode_prompts
-from cluster.training.parquet import RowReader, parquet_files
 from cluster.training.run import Run
+from cluster.training.tables import RowReader, Table, tables
 
 SPLITS = ("train", "val", "test")
 _COLUMNS = ("domain", "prompt", "response", "split")
 _OPTIONAL_COLUMNS = ("prompt_bare", "topic")
 
 IGNORED_LABEL = -100
+_LIMITS = BadRowSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +54,29 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """All rows of a folder, by split."""
+    """All rows of a folder, by split, but those for the base alone, of which there may be more than memory holds."""
 
     splits: dict[str, list[Row]]
     left_out: str = ""
     """A sentence on the rows that were bad and are not here; empty where all were good."""
+    base_tables: tuple[Table, ...] = ()
+    """Where rows for the base alone are."""
+    bad_rows: BadRowSettings = _LIMITS
+    """What those were read with."""
 
     @property
     def domains(self) -> tuple[str, ...]:
         """The real domains, sorted."""
         named = {row.domain for rows in self.splits.values() for row in rows}
-        return tuple(sorted(named - {NONE_DOMAIN, BASE_DOMAIN}))
+        return tuple(sorted(named - {NONE_DOMAIN}))
+
+    def base_rows(self, split: str) -> Iterator[Row]:
+        """The good rows for the base alone, read as they are asked for."""
+        reader = RowReader(self.bad_rows)
+        for table in self.base_tables:
+            for of_split, row in _rows(table, reader):
+                if (of_split, row.domain) == (split, BASE_DOMAIN):
+                    yield row
 
     def rows(self, split: str, domain: str | None = None, limit: int | None = None) -> list[Row]:
         """Rows of a split in file order, of one domain if named, the first `limit` of them."""
@@ -81,24 +97,44 @@ def read_data(folder: Path, bad_rows: BadRowSettings | None = None) -> DataSet:
 
     Raises `InvalidData` naming the file and what is wrong in it, or the bad rows where there are more than may be.
     """
-    reader = RowReader(bad_rows or BadRowSettings())
-    files = parquet_files(folder)
-    if not files:
+    limits = bad_rows or BadRowSettings()
+    reader = RowReader(limits)
+    found = tables(folder)
+    if not found:
         raise InvalidData(f"There is no Parquet file below {folder}; expected columns {', '.join(_COLUMNS)}.")
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for file in files:
-        for index, record in reader.records(file, _COLUMNS, _OPTIONAL_COLUMNS):
-            check_split(record["split"], index, file)
-            _check_domain(record["domain"], index, file)
-            splits[record["split"]].append(row_of(record, record["domain"]))
+    base_tables: dict[Table, None] = {}
+    for table in found:
+        for split, row in _rows(table, reader):
+            if row.domain == BASE_DOMAIN:
+                base_tables[table] = None
+            else:
+                splits[split].append(row)
     reader.check()
-    data = DataSet(splits, reader.left_out)
-    if not any(splits.values()):
+    data = DataSet(splits, reader.left_out, tuple(base_tables), limits)
+    if not any(splits.values()) and not base_tables:
         raise InvalidData(f"The Parquet files below {folder} hold no rows; expected at least one domain's.")
     for domain in data.domains:
         if not data.rows("train", domain):
             raise InvalidData(f"Domain {domain!r} has no rows with the split 'train'; add some or drop the domain.")
     return data
+
+
+def _rows(table: Table, reader: RowReader) -> Iterator[tuple[str, Row]]:
+    """The good rows, each with its split."""
+    columns = table.columns()
+    is_text = "text" in columns and not {"prompt", "response"} & set(columns)
+    required = ("text",) if is_text else _COLUMNS[:-1]
+    if table.split is None or "split" in columns:
+        required = (*required, "split")
+    for index, record in reader.records(table, required, () if is_text else _OPTIONAL_COLUMNS):
+        split = record.get("split", table.split or "")
+        check_split(split, index, table.path)
+        if is_text:
+            yield split, Row(BASE_DOMAIN, "", record["text"], "")
+        else:
+            _check_domain(record["domain"], index, table.path)
+            yield split, row_of(record, record["domain"])
 
 
 def row_of(record: dict[str, str], domain: str) -> Row:
@@ -114,11 +150,11 @@ def check_split(split: str, index: int, file: Path) -> None:
 
 
 def data_digest(data: Path) -> str:
-    """SHA-256 of every Parquet file below the folder `data`, names and bytes, or of the one file that it is: equal
-    digests mean equal rows.
+    """SHA-256 of every file of the tables below the folder `data`, names and bytes, or of the one file that it is:
+    equal digests mean equal rows.
     """
     whole = hashlib.sha256()
-    for file in parquet_files(data):
+    for file in itertools.chain.from_iterable(table.files for table in tables(data)):
         with file.open("rb") as content:
             of_file = hashlib.file_digest(content, "sha256").hexdigest()
         name = file.relative_to(data) if file != data else Path(file.name)
@@ -221,7 +257,8 @@ class BatchPlan:
         if not examples:
             raise InvalidData("There is nothing to train on: the data holds no rows for this stage.")
         self._examples = examples
-        self._width = max(128, max(len(example.ids) for example in examples))
+        self._lengths = [len(example.ids) for example in examples]
+        self._width = max(128, max(self._lengths))
         self._rows_per_batch = max(1, tokens_per_batch // self._width)
         self._pad_id, self._learn_prompts, self._seed = pad_id, learn_prompts, seed
         self._epoch, self._first_step = -1, 0
@@ -247,7 +284,7 @@ class BatchPlan:
         rows: list[list[int]] = [[]]
         filled = 0
         for index in order:
-            length = len(self._examples[index].ids) - 1
+            length = self._lengths[index] - 1
             if rows[-1] and filled + length > self._width:
                 rows.append([])
                 filled = 0

@@ -1,7 +1,8 @@
 """The rows of one domain that is added to a trained system: what to learn, and what is held out to measure.
 
-Parquet with the columns `prompt, response`, and those that training data may have besides. Where there is a column
-`domain`, its other domains are left aside; where no row is of another split than `train`, some are held out.
+Parquet, or a saved data set, with the columns `prompt, response`, and those that training data may have besides. Where
+there is a column `domain`, its other domains are left aside; where no row is of another split than `train`, some are
+held out.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from cluster.config import BadRowSettings
 from cluster.errors import InvalidData
 from cluster.router.examples import MAX_EXAMPLE_CHARACTERS, MAX_EXAMPLES, MAX_EXAMPLES_BYTES, Examples
 from cluster.training.data import Row, check_split, row_of
-from cluster.training.parquet import RowReader, parquet_files
+from cluster.training.tables import RowReader, tables
 
 _COLUMNS = ("prompt", "response")
 _OPTIONAL_COLUMNS = ("domain", "split", "prompt_bare", "topic")
@@ -30,24 +31,24 @@ class DomainData:
 
 
 def read_domain(data: Path, domain: str, bad_rows: BadRowSettings, held_out_share: float) -> DomainData:
-    """Read the rows of `domain` from a folder of Parquet files, or from one such file.
+    """Read the rows of `domain` from a folder of tables, or from one Parquet file.
 
     Held out are the rows of the split `val`, else of `test`, else so large a share of the prompts, always the same.
     Raises `InvalidData` for a file that cannot be read, too many bad rows, or too few rows to learn and to measure.
     """
     reader = RowReader(bad_rows)
-    files = parquet_files(data)
-    if not files:
+    found = tables(data)
+    if not found:
         raise InvalidData(f"There is no Parquet file in {data}; expected columns {', '.join(_COLUMNS)}.")
     splits: dict[str, list[Row]] = {}
     others: set[str] = set()
-    for file in files:
-        for index, record in reader.records(file, _COLUMNS, _OPTIONAL_COLUMNS):
+    for table in found:
+        for index, record in reader.records(table, _COLUMNS, _OPTIONAL_COLUMNS):
             if (named := record.get("domain", domain)) != domain:
                 others.add(named)
                 continue
-            split = record.get("split", "train")
-            check_split(split, index, file)
+            split = record.get("split", table.split or "train")
+            check_split(split, index, table.path)
             splits.setdefault(split, []).append(row_of(record, domain))
     reader.check()
     told: tuple[str, ...] = (reader.left_out,) if reader.left_out else ()
@@ -56,9 +57,9 @@ def read_domain(data: Path, domain: str, bad_rows: BadRowSettings, held_out_shar
         train, held_out = _hold_out(train, held_out_share)
         told += (f"held out {len(held_out):,} of {len(train) + len(held_out):,} rows to measure on",)
     if not train or not held_out:
-        found = f"{len(train):,} rows to learn from and {len(held_out):,} to measure on"
+        there = f"{len(train):,} rows to learn from and {len(held_out):,} to measure on"
         elsewhere = f" (its domains are {', '.join(sorted(others)[:20])})" if others else ""
-        raise InvalidData(f"{data} has {found} of {domain!r}{elsewhere}; expected some of both, of different prompts.")
+        raise InvalidData(f"{data} has {there} of {domain!r}{elsewhere}; expected some of both, of different prompts.")
     return DomainData(train, held_out, told)
 
 

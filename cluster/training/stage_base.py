@@ -3,9 +3,11 @@
 A new base withdraws the adapters and the router of the one before, since they mean nothing on any other.
 """
 
+import itertools
 import math
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
 from cluster.model.base import fingerprint
 from cluster.model.configuration_zephyra import SIZES
 from cluster.model.tokenizer import train_tokenizer
+from cluster.training.corpus import StoredExamples, encode_corpus
 from cluster.training.data import BatchPlan, DataSet, Example, Row, encode, stage_data
 from cluster.training.documents import documents
 from cluster.training.given_base import take_over_base
@@ -46,8 +49,7 @@ def train_base(settings: StageSettings, run: Run) -> None:
     if base.size not in SIZES:
         raise InvalidInput(f"There is no size {base.size!r} of Zephyra Fusion; the sizes are: {', '.join(SIZES)}.")
     data = stage_data(settings, run)
-    rows = _rows(data, "train", settings)
-    if not rows:
+    if next(_rows(data, "train", settings), None) is None:
         raise InvalidData(f"{settings.data} holds no train rows of 'none' or 'base' for this recipe's base to learn.")
     torch.manual_seed(recipe.seed)
     config = ZephyraFusionConfig(**SIZES[base.size])
@@ -59,7 +61,11 @@ def train_base(settings: StageSettings, run: Run) -> None:
     model: PreTrainedModel = ZephyraFusionForCausalLM(config)
     if run.workers.is_first:
         run.say(f"Zephyra Fusion '{base.size}': {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
-    fit_base(model, encode(tokenizer, rows, base.max_tokens), base, recipe.seed, recipe.checkpoint_every_steps, run)
+    settings.root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.root, prefix="tokens-") as folder:
+        corpus = encode_corpus(tokenizer, _rows(data, "train", settings), base.max_tokens)
+        examples = StoredExamples(Path(folder) / "ids", corpus)
+        fit_base(model, examples, base, recipe.seed, recipe.checkpoint_every_steps, run)
     if run.workers.shards_base:
         model = whole_model(model, ZephyraFusionForCausalLM(config))
     if not run.workers.is_first:
@@ -68,26 +74,29 @@ def train_base(settings: StageSettings, run: Run) -> None:
     version = write_version(settings.root / "base", lambda folder: _save(model, tokenizer, folder, settings))
     catalog = Catalog(settings.root)
     catalog.publish(Change(base=version))
-    bits = _bits_per_byte(model, tokenizer, _rows(data, "val", settings), base.max_tokens)
+    bits = _bits_per_byte(model, tokenizer, list(_rows(data, "val", settings)), base.max_tokens)
     mark = fingerprint(settings.root / "base" / str(version))
     run.say(f"published base {version} ({mark}): validation {bits:.3f} bits per byte of the answers")
 
 
-def _rows(data: DataSet, split: str, settings: StageSettings) -> list[Row]:
-    general = [row for name in (NONE_DOMAIN, BASE_DOMAIN) for row in data.rows(split, name)]
-    if settings.recipe.base.general_only:
-        return general
-    limit = settings.recipe.train_rows_per_domain if split == "train" else settings.recipe.val_rows_per_domain
-    return general + [row for domain in data.domains for row in data.rows(split, domain, limit)]
+def _rows(data: DataSet, split: str, settings: StageSettings) -> Iterator[Row]:
+    yield from data.rows(split, NONE_DOMAIN)
+    yield from data.base_rows(split)
+    if not settings.recipe.base.general_only:
+        limit = settings.recipe.train_rows_per_domain if split == "train" else settings.recipe.val_rows_per_domain
+        for domain in data.domains:
+            yield from data.rows(split, domain, limit)
 
 
 def _texts(data: DataSet, settings: StageSettings) -> list[str]:
-    names = (NONE_DOMAIN, BASE_DOMAIN, *data.domains)
-    share = _TOKENIZER_CHARACTERS // len(names)
+    limit = settings.recipe.train_rows_per_domain
+    parts: list[Iterable[Row]] = [data.rows("train", name, limit) for name in (NONE_DOMAIN, *data.domains)]
+    parts.insert(1, itertools.islice(data.base_rows("train"), limit))
+    share = _TOKENIZER_CHARACTERS // len(parts)
     texts: list[str] = []
-    for name in names:
+    for part in parts:
         left = share
-        for row in data.rows("train", name, settings.recipe.train_rows_per_domain):
+        for row in part:
             texts += [row.prompt, row.response]
             left -= len(row.prompt) + len(row.response)
             if left < 0:
