@@ -20,7 +20,8 @@ _LOST = (RayActorError, ObjectLostError, DeploymentUnavailableError, TimeoutErro
 _RETRY_AFTER_S = 0.05
 
 MESSAGE_BYTES = 3 * 2**20
-"""What may be sent in a message, with room for what surrounds it: gRPC refuses more than 4 MiB."""
+"""What may be sent in a message, with room for what surrounds it: gRPC refuses more than 4 MiB, where it is not told
+otherwise when Ray is started."""
 
 
 class Handle(Protocol):

@@ -46,11 +46,6 @@ class Row:
     topic: str = ""
     """Its kind within the domain; empty where the data names none."""
 
-    @property
-    def routed_prompts(self) -> tuple[str, ...]:
-        """What the router learns from: what people send may have the words that give the domain away, or lack them."""
-        return tuple(dict.fromkeys((self.bare_prompt, self.prompt)))
-
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
@@ -141,6 +136,15 @@ def row_of(record: dict[str, str], domain: str) -> Row:
     """A record of a file as a row."""
     bare = record.get("prompt_bare", record["prompt"])
     return Row(domain, record["prompt"], record["response"], bare, record.get("topic", ""))
+
+
+def prompts_to_route(rows: Sequence[Row]) -> list[str]:
+    """What the router learns from: of one row the prompt as it is sent, of the next the bare one, in turn.
+
+    People send either. Not both of one row: of two that are nearly the same, one would vouch for the other where the
+    router asks how rare a word is, or how well it knows a prompt that it has not seen.
+    """
+    return [row.bare_prompt if number % 2 else row.prompt for number, row in enumerate(rows)]
 
 
 def check_split(split: str, index: int, file: Path) -> None:

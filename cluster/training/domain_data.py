@@ -65,16 +65,22 @@ def read_domain(data: Path, domain: str, bad_rows: BadRowSettings, held_out_shar
 
 def examples_of(rows: Sequence[Row]) -> Examples:
     """The prompts that the router learns the domain from: of many, evenly spread ones. Empty if no row has one."""
-    pairs = [(prompt, row.topic) for row in rows for prompt in row.routed_prompts]
-    fitting = [pair for pair in pairs if pair[0].strip() and len(pair[0]) <= MAX_EXAMPLE_CHARACTERS]
+    # As `prompts_to_route`, but of what is short enough to be an example.
+    prompts = [(tuple(filter(_fits, (row.prompt, row.bare_prompt))), row.topic) for row in rows]
+    fitting = [(either, topic) for either, topic in prompts if either]
     spacing = max(1, -(-len(fitting) // MAX_EXAMPLES))
     while True:
         chosen = fitting[::spacing]
+        texts = tuple(either[number % len(either)] for number, (either, _) in enumerate(chosen))
         topics = tuple(topic for _, topic in chosen)
-        examples = Examples(tuple(prompt for prompt, _ in chosen), topics if all(topics) and topics else None)
+        examples = Examples(texts, topics if all(topics) and topics else None)
         if len(examples.to_bytes()) <= MAX_EXAMPLES_BYTES:
             return examples
         spacing *= 2
+
+
+def _fits(prompt: str) -> bool:
+    return bool(prompt.strip()) and len(prompt) <= MAX_EXAMPLE_CHARACTERS
 
 
 def _hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:

@@ -17,7 +17,7 @@ from cluster.router.fit import RouterFit
 from cluster.router.sentence_model import find_sentence_model
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.artifacts import publish_for_base, published_base, require_adapters
-from cluster.training.data import DataSet, Row, stage_data
+from cluster.training.data import DataSet, Row, prompts_to_route, stage_data
 from cluster.training.provenance import write_provenance
 from cluster.training.run import Run
 
@@ -37,7 +37,7 @@ def train_router(settings: StageSettings, run: Run) -> None:
     if recipe.router.sentence_encoder is not None:
         folder = find_sentence_model(recipe.router.sentence_encoder)
         run.say(f"the sentence encoder in {folder.name} reads {len(train) + len(val):,} prompts, each once")
-    topics = [row.topic for row in train for _ in row.routed_prompts]
+    topics = [row.topic for row in train]
     fit = RouterFit(*router_columns(train), *router_columns(val), recipe.router, base.num_parameters, topics)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # its products are so small that a second thread only waits for the first
@@ -91,9 +91,8 @@ def routing_summary(router: TinyAda, rows: Sequence[Row]) -> str:
 
 
 def router_columns(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """The rows' prompts, bare and as they are sent, and their domains."""
-    pairs = [(prompt, row.domain) for row in rows for prompt in row.routed_prompts]
-    return [prompt for prompt, _ in pairs], [domain for _, domain in pairs]
+    """The rows' prompts, as they are sent and bare in turn, and their domains."""
+    return prompts_to_route(rows), [row.domain for row in rows]
 
 
 def _fit(fit: RouterFit, settings: StageSettings, run: Run) -> None:

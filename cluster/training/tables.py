@@ -30,14 +30,8 @@ class Table:
     """A Parquet file, or the folder of one split that `datasets` saved (`Dataset.save_to_disk`)."""
 
     path: Path
-
-    @property
-    def split(self) -> str | None:
-        """The split of rows that name none, by the name of the file or the folder; None where that says nothing."""
-        for name in (self.path.name, self.path.parent.name):
-            if (split := _SPLITS.get(name.partition("-")[0].partition(".")[0])) is not None:
-                return split
-        return None
+    split: str | None = None
+    """Of rows that name none; None where its name says nothing."""
 
     @property
     def files(self) -> list[Path]:
@@ -81,7 +75,13 @@ def tables(data: Path) -> list[Table]:
     if data.is_file():
         return [Table(data)]
     saved = [file.parent for file in data.rglob("state.json")]
-    return [Table(path) for path in sorted([*data.rglob("*.parquet"), *saved])]
+    return [Table(path, _split(path.relative_to(data))) for path in sorted([*data.rglob("*.parquet"), *saved])]
+
+
+def _split(path: Path) -> str | None:
+    """By the name of a file or folder, or of the folder around it."""
+    names = (name.partition("-")[0].partition(".")[0] for name in reversed(path.parts[-2:]))
+    return next((_SPLITS[name] for name in names if name in _SPLITS), None)
 
 
 class RowReader:

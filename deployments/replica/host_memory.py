@@ -19,6 +19,9 @@ from deployments.shards.adapter_shard import Fetched
 
 logger = logging.getLogger("ray.serve")
 
+_COPIED_AT_ONCE_BYTES = 2**20
+"""Up to so many a copy takes less than going to another thread and back; more would hold up the loop."""
+
 FetchPacked = Callable[[tuple[AdapterRef, ...]], AsyncGenerator[Fetched, None]]
 """Gets adapters, or says why not: each of them once, in any order."""
 
@@ -91,9 +94,12 @@ class HostMemory:
                 async for fetched in answers:
                     if isinstance(fetched.result, PackedAdapter):
                         # What came lies in Ray's object store, or in the message that brought it.
-                        owned = replace(fetched.result, tensors=np.array(fetched.result.tensors))
-                        self._kept.put(fetched.ref, owned, owned.num_bytes, spare=self._upcoming)
-                        fetched = Fetched(fetched.ref, owned)
+                        tensors = fetched.result.tensors
+                        is_small = tensors.nbytes <= _COPIED_AT_ONCE_BYTES
+                        owned = np.array(tensors) if is_small else await asyncio.to_thread(np.array, tensors)
+                        packed = replace(fetched.result, tensors=owned)
+                        self._kept.put(fetched.ref, packed, packed.num_bytes, spare=self._upcoming)
+                        fetched = Fetched(fetched.ref, packed)
                     self._under_way.pop(fetched.ref).set_result(fetched)
         except ZephyraError as error:
             why = error

@@ -203,11 +203,9 @@ def test_versions_are_those_of_this_checkout_and_ray_asks_for_a_token() -> None:
     assert 'version = "0.1.0"' in (CHECKOUT / "pyproject.toml").read_text()
 
 
-def test_serving_pods_have_the_environment_that_the_proxy_is_to_have() -> None:
-    for owner, _, pod in _pods():
-        if owner == "RayService":
-            (container,) = pod["spec"]["containers"]
-            assert {one["name"]: one["value"] for one in container["env"]} == PROXY
+def test_the_image_has_the_environment_that_the_proxy_is_to_have() -> None:
+    set_in_image = dict(re.findall(r"\b(RAY_SERVE_\w+)=(\S+)", (K8S / "Dockerfile").read_text()))
+    assert set_in_image == PROXY
 
 
 def test_there_is_one_job_for_each_stage_and_its_command_is_understood() -> None:

@@ -14,6 +14,7 @@ from cluster.messages import BASE_DOMAIN
 from cluster.training import STAGES
 from cluster.training.corpus import StoredExamples, encode_corpus
 from cluster.training.data import BatchPlan, Row, encode, read_data
+from cluster.training.tables import tables
 from tests.training.rows import COLUMNS, nano_tokenizer, some_examples, write_parquet
 from tests.training.runs import FolderRun
 
@@ -80,6 +81,15 @@ def test_a_table_of_texts_is_for_the_base_alone_and_says_its_split_by_its_name(t
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "more.parquet")
     with pytest.raises(InvalidData, match=r"more\.parquet lacks the column 'split'; it has text"):
         read_data(tmp_path)
+
+
+def test_one_file_says_no_split_and_neither_does_what_is_around_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "test"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": TEXTS}), folder / "train.parquet")
+    pq.write_table(pa.table({"text": TEXTS}), folder / "more.parquet")
+    assert [table.split for table in tables(folder)] == [None, "train"]
+    assert [table.split for table in tables(folder / "train.parquet")] == [None]
 
 
 def test_a_corpus_is_read_part_by_part(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from cluster.config import BadRowSettings
 from cluster.errors import InvalidData
 from cluster.model.base import encode_prompt
+from cluster.router.examples import MAX_EXAMPLE_CHARACTERS, MAX_EXAMPLES
 from cluster.training.data import IGNORED_LABEL, Batch, BatchPlan, Example, Row, collate, encode, read_data
+from cluster.training.domain_data import examples_of
 from cluster.training.stage_router import router_columns
 from tests.training.rows import COLUMNS, nano_tokenizer, some_examples, write_parquet
 
@@ -35,10 +37,21 @@ def test_rows_come_in_by_split_and_domain_from_all_files(tmp_path: Path) -> None
     assert data.rows("train", limit=3) == data.rows("train")[:3]
 
 
-def test_the_router_learns_from_a_prompt_and_from_its_bare_one_where_that_is_another(tmp_path: Path) -> None:
-    write_parquet(tmp_path, prompt_bare=["is this legal?", "b", "c", "d"])
-    rows = read_data(tmp_path).rows("train")
-    assert router_columns(rows) == (["is this legal?", "c", "7 times 6"], ["law", "math", "math"])
+def test_the_router_learns_from_prompts_as_they_are_sent_and_bare_in_turn() -> None:
+    rows = [Row("law", f"sent {n}", "", f"bare {n}") for n in range(4)]
+    assert router_columns(rows) == (["sent 0", "bare 1", "sent 2", "bare 3"], ["law"] * 4)
+
+
+@pytest.mark.parametrize("num_rows", [3, 2 * MAX_EXAMPLES, 2 * MAX_EXAMPLES + 7])
+def test_examples_of_a_domain_are_of_both_kinds_however_many_rows_there_are(num_rows: int) -> None:
+    rows = [Row("law", f"sent {n}", "", f"bare {n}", f"topic {n}") for n in range(num_rows)]
+    rows.append(Row("law", "long " * MAX_EXAMPLE_CHARACTERS, "", "bare", "topic"))
+    examples = examples_of(rows)
+    kinds = [text.partition(" ")[0] for text in examples.prompts]
+    assert abs(kinds.count("sent") - kinds.count("bare")) <= 2
+    assert num_rows / 3 < len(examples.prompts) <= min(num_rows + 1, MAX_EXAMPLES)
+    numbers = [text.partition(" ")[2] for text in examples.prompts]
+    assert all(topic == f"topic {number}".strip() for topic, number in zip(examples.topics or (), numbers, strict=True))
 
 
 def test_a_column_topic_names_the_kind_of_each_row_and_may_be_absent(tmp_path: Path) -> None:

@@ -101,3 +101,14 @@ def test_a_prompt_that_no_server_would_take_is_answered_by_nobody(root: Path, tr
         match = evaluate(EvaluationSettings(root, data), run).domains["law"].exact_match
     assert match is not None
     assert match.routed == match.base == 0
+
+
+def test_the_worst_adapter_is_looked_for_among_so_many(root: Path, trained: TinyAda, tmp_path: Path) -> None:
+    data = write_parquet(
+        tmp_path, domain=["law"] * 2, prompt=["a b"] * 2, response=["c d"] * 2, split=["train", "test"]
+    )
+    with LocalRun("evaluation", tmp_path / "run", Console(quiet=True)) as run:
+        of_all, of_one = (evaluate(EvaluationSettings(root, data, worst_of=n), run).domains["law"].loss for n in (9, 1))
+    assert of_all.worst >= of_one.worst
+    assert of_one.worst_adapter in DOMAINS
+    assert of_all.worst > of_one.worst or of_all.worst_adapter == of_one.worst_adapter

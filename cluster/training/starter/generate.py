@@ -39,7 +39,8 @@ def generate_starter(folder: Path, seed: int = 0) -> None:
 def _disturbed(rows: list[Row], rng: Random) -> list[Row]:
     """An invented word somewhere in some of the train prompts: an adapter must not stumble over words it never saw.
 
-    The router reads the prompt without it, since to the router strange words do mean something.
+    The bare prompt is the one without it, since to the router strange words do mean something: of half of these rows it
+    learns from that one.
     """
     out = []
     for split, prompt, response, bare in rows:
