@@ -5,7 +5,9 @@ first and last characters of a long text are read. Letters: N features, B texts,
 """
 
 import functools
+import itertools
 import re
+import struct
 import unicodedata
 import zlib
 from collections.abc import Sequence
@@ -30,8 +32,9 @@ _MAX_WORD_CHARACTERS = 40
 _WORD_CACHE = 32_768
 TOKEN = re.compile(r"\w+|[^\w\s]")
 _DIGIT = re.compile(r"\d")
-_PAIR_FACTOR = 0x9E3779B1
-_EDGE = np.array([zlib.crc32(b"the edge of the text")], dtype=np.uint32)
+_PAIR_FACTOR, _MASK = 0x9E3779B1, 0xFFFFFFFF
+_EDGE = zlib.crc32(b"the edge of the text")
+_PAIR_BYTES = struct.pack("q", PAIR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +108,8 @@ def _word(word: str) -> _Word:
 
 def extract(text: str) -> TextFeatures:
     """The features of `text`; of a text without words, the one pair of its two edges."""
-    words = [_word(word) for word in TOKEN.findall(normalise(text))]
-    hashes = np.concatenate((_EDGE, np.array([word.hash for word in words], dtype=np.uint32), _EDGE))
-    # Products of uint32 wrap, which is what mixes the two hashes; the upper bits are the mixed ones.
-    pairs = ((hashes[:-1] * np.uint32(_PAIR_FACTOR)) ^ hashes[1:]) * np.uint32(_PAIR_FACTOR)
-    pair_slots = (pairs >> np.uint32(11)).astype(np.int64) % NUM_SLOTS
+    words = _words(text)
+    pair_slots = np.array(_pair_slots(words), dtype=np.int64)
     num_words = len(words) + 1
     numbers = np.arange(num_words)
     sizes = np.array([len(word.slots) for word in words], dtype=np.int64)
@@ -119,6 +119,28 @@ def extract(text: str) -> TextFeatures:
         np.concatenate([np.repeat(numbers[:-1], sizes), numbers]),
         num_words,
     )
+
+
+def packed(text: str) -> tuple[bytes, bytes, int]:
+    """The slots and the kinds that `extract` gives, as int64 one after another, and how many: for a native call."""
+    words = _words(text)
+    pairs = _pair_slots(words)
+    slots = b"".join([*(word.slots.data for word in words), struct.pack(f"{len(pairs)}q", *pairs)])
+    kinds = b"".join([*(word.kinds.data for word in words), _PAIR_BYTES * len(pairs)])
+    return slots, kinds, len(slots) // 8
+
+
+def _words(text: str) -> list[_Word]:
+    return [_word(word) for word in TOKEN.findall(normalise(text))]
+
+
+def _pair_slots(words: Sequence[_Word]) -> list[int]:
+    hashes = [_EDGE, *(word.hash for word in words), _EDGE]
+    # Products in 32 bits, which is what mixes the two hashes; the upper bits are the mixed ones.
+    return [
+        ((((first * _PAIR_FACTOR) & _MASK) ^ second) * _PAIR_FACTOR & _MASK) >> 11 & (NUM_SLOTS - 1)
+        for first, second in itertools.pairwise(hashes)
+    ]
 
 
 def collate(texts: Sequence[TextFeatures]) -> FeatureBatch:

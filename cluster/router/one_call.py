@@ -1,10 +1,12 @@
-"""Features of texts -> calibrated logits in one native call, for serving: what `Encoder` and `Head` say, to rounding.
+"""Texts -> calibrated logits in one native call, for serving: what `Encoder` and `Head` say, to rounding.
 
 In torch it is some sixty small operations, of which each costs more than what it computes, and each lets go of Python's
 lock, which among the threads of a server is waited for again. Letters: B texts, D domains, N features.
 """
 
 import ctypes
+import itertools
+import struct
 from collections.abc import Sequence
 from typing import Self
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from cluster.kernels import library as native
 from cluster.router.encoder import NOVEL_WIDTH, Encoder
-from cluster.router.features import TextFeatures
+from cluster.router.features import packed
 from cluster.router.head import SHARPNESS, Head
 from cluster.router.scoring import ONE
 from cluster.router.word_vectors import GAIN
@@ -62,11 +64,11 @@ class OneCall:
         """
         return all(now is then for now, then in zip(_parts(encoder, head), self._made_of, strict=True))
 
-    def logits(self, texts: Sequence[TextFeatures]) -> NDArray[np.float32]:
+    def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """[B, D + 1], none last. A text's do not depend, in any bit, on the texts beside it."""
-        slots_N, kinds_N = (_joined([text.slots_N for text in texts]), _joined([text.kinds_N for text in texts]))
-        starts = np.cumsum([0, *(len(text.slots_N) for text in texts)])
-        given = native.Texts(slots_N.ctypes.data, kinds_N.ctypes.data, starts.ctypes.data, len(texts))
+        slots, kinds, sizes = zip(*map(packed, texts), strict=True)
+        kept = (b"".join(slots), b"".join(kinds), struct.pack(f"{len(texts) + 1}q", 0, *itertools.accumulate(sizes)))
+        given = native.Texts(*(ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p) for data in kept), len(texts))
         found_BC = np.empty((len(texts), self._num_domains + 1), dtype=np.float32)
         is_short = len(texts) * self._num_prototypes <= _MOST_PRODUCTS_LOCKED
         (self._locked_call if is_short else self._call)(self._encoder, self._head, given, found_BC.ctypes.data)
@@ -76,10 +78,6 @@ class OneCall:
 def _parts(encoder: Encoder, head: Head) -> tuple[object, ...]:
     """What is another object once a number lies elsewhere: moving a module replaces its buffers."""
     return encoder, encoder.words, head, head.offsets_D, head.fixed_prototypes()
-
-
-def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _encoder(encoder: Encoder) -> native.TextEncoder:

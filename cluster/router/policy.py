@@ -21,6 +21,9 @@ MIN_SHARE = 1 / 8
 """A domain with less than this share beside the best one is left out: it would blur the answer of the best."""
 
 
+_FEW = 64
+"""Up to so many domains plain Python is quicker than numpy, most of all when neither is in a cache."""
+
 Key = TypeVar("Key", int, str)
 """A domain's number or its name."""
 
@@ -42,14 +45,25 @@ class Policy:
 
     def numbered_weights(self, logits: NDArray[np.float64]) -> dict[int, float]:
         """`weights` by the numbers of the domains."""
-        margins = logits[:-1] - logits[-1]
-        passing = np.flatnonzero(margins >= self.threshold)
-        best = passing[_largest(margins[passing], MAX_SELECTED)].tolist()
+        best = self._best_of_few(logits.tolist()) if len(logits) <= _FEW else self._best_of_many(logits)
         if not best:
             return {}
-        shares = {number: math.exp(margins[number] - margins[best[0]]) for number in best}
+        most = max(best.values())
+        shares = {number: math.exp(margin - most) for number, margin in best.items()}
         total = sum(shares.values())
         return round_weights({number: share / total for number, share in shares.items() if share / total >= MIN_SHARE})
+
+    def _best_of_few(self, logits: list[float]) -> dict[int, float]:
+        """The margins over none of those that are selected, by number, the largest first."""
+        *values, none = logits
+        passing = [(number, value - none) for number, value in enumerate(values) if value - none >= self.threshold]
+        return dict(sorted(passing, key=lambda item: -item[1])[:MAX_SELECTED])
+
+    def _best_of_many(self, logits: NDArray[np.float64]) -> dict[int, float]:
+        margins = logits[:-1] - logits[-1]
+        passing = np.flatnonzero(margins >= self.threshold)
+        best = passing[_largest(margins[passing], MAX_SELECTED)]
+        return dict(zip(best.tolist(), margins[best].tolist(), strict=True))
 
 
 def round_weights(weights: Mapping[Key, float]) -> dict[Key, float]:
@@ -66,10 +80,16 @@ def round_weights(weights: Mapping[Key, float]) -> dict[Key, float]:
 
 def probabilities(domains: Sequence[str], logits: NDArray[np.float64]) -> dict[str, float]:
     """The softmax of `logits` over the domains and none: the `MAX_PROBABILITIES` likeliest domains, and none last."""
-    powers = np.exp(logits - logits.max())
-    powers /= powers.sum()
+    if len(logits) <= MAX_PROBABILITIES:
+        values = logits.tolist()
+        most = max(values)
+        powers = [math.exp(value - most) for value in values]
+        total = sum(powers)
+        return {name: power / total for name, power in zip((*domains, NONE_DOMAIN), powers, strict=True)}
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
     named = sorted(_largest(logits[:-1], MAX_PROBABILITIES).tolist())
-    return {**{domains[number]: float(powers[number]) for number in named}, NONE_DOMAIN: float(powers[-1])}
+    return {**{domains[number]: float(shares[number]) for number in named}, NONE_DOMAIN: float(shares[-1])}
 
 
 def _largest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class TinyAda(nn.Module):
     def logits(self, texts: Sequence[str]) -> Tensor:
         """[B, D + 1], none last, calibrated: their softmax is the probabilities. Differentiable."""
         if texts and not torch.is_grad_enabled() and (at_once := self._at_once()) is not None:
-            return torch.from_numpy(at_once.logits(self.encoder.read(texts)))
+            return torch.from_numpy(at_once.logits(texts))
         logits_BC: Tensor = self.head(self.encode(texts))
         return logits_BC
 
@@ -86,19 +87,17 @@ class TinyAda(nn.Module):
         """Log-probabilities [B, D + 1], none last; differentiable, so that joint fine-tuning trains through them."""
         return self.logits(texts).log_softmax(1)
 
-    @torch.inference_mode()
     def route(self, texts: Sequence[str]) -> list[RoutingDecision]:
         """Decide for each text; any string is accepted. `compute_ms` is what the text's share of the call took."""
         decisions: list[RoutingDecision] = []
         for start in range(0, len(texts), _ENCODE_BATCH):
             start_s = time.perf_counter()
-            rows = self.logits(texts[start : start + _ENCODE_BATCH]).numpy().astype(np.float64)
+            rows = self._rows(texts[start : start + _ENCODE_BATCH])
             decided = [(probabilities(self.domains, row), self.policy.weights(self.domains, row)) for row in rows]
             compute_ms = (time.perf_counter() - start_s) * 1000 / len(rows)
             decisions += [RoutingDecision(probable, weights, compute_ms) for probable, weights in decided]
         return decisions
 
-    @torch.inference_mode()
     def route_conversation(self, turns: Sequence[str]) -> RoutingDecision:
         """Decide for the last of a user's turns, oldest first, in the light of those before it; alone as `route` does.
 
@@ -107,11 +106,19 @@ class TinyAda(nn.Module):
         if not turns:
             raise InvalidInput("The conversation has no turn to route; give at least one.")
         start_s = time.perf_counter()
-        rows = self.logits(turns).numpy().astype(np.float64)
+        rows = self._rows(turns)
         scored = [Turn(row, len(text)) for row, text in zip(rows, turns, strict=True)]
         settled = settle(scored, self.policy)
         weights = self.policy.weights(self.domains, settled)
         return RoutingDecision(probabilities(self.domains, settled), weights, (time.perf_counter() - start_s) * 1000)
+
+    def _rows(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """`logits` of at least one text, without torch where there is a native call."""
+        if (at_once := self._at_once()) is not None:
+            return at_once.logits(texts).astype(np.float64)
+        with torch.inference_mode():
+            rows: NDArray[np.float64] = self.logits(texts).numpy().astype(np.float64)
+        return rows
 
     @torch.no_grad()
     def with_domain(

@@ -1,6 +1,7 @@
 """Text to features: any string, bounded, the same for what reads the same, and batches that keep texts apart."""
 
 import time
+import zlib
 
 import numpy as np
 from hypothesis import given, settings
@@ -12,10 +13,12 @@ from cluster.router.features import (
     NUM_SLOTS,
     PAIR,
     TAIL_CHARACTERS,
+    TOKEN,
     WORD,
     collate,
     extract,
     normalise,
+    packed,
 )
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=80)
@@ -36,6 +39,27 @@ def test_counts_of_a_known_sentence() -> None:
     features = extract("to be")
     kinds = np.bincount(features.kinds_N, minlength=3)
     assert (kinds[WORD], kinds[PAIR], kinds[CHARACTERS]) == (2, 3, 6)
+
+
+@given(ANY_TEXT)
+@settings(deadline=None, max_examples=100)
+def test_a_native_call_is_given_the_same_features(text: str) -> None:
+    features, (slots, kinds, count) = extract(text), packed(text)
+    assert np.frombuffer(slots, dtype=np.int64).tolist() == features.slots_N.tolist()
+    assert np.frombuffer(kinds, dtype=np.int64).tolist() == features.kinds_N.tolist()
+    assert count == len(features.slots_N)
+
+
+@given(ANY_TEXT)
+@settings(deadline=None, max_examples=100)
+def test_pairs_are_hashed_as_by_unsigned_arithmetic_of_32_bits(text: str) -> None:
+    """What published routers were trained with: another hash would make them blind."""
+    edge = zlib.crc32(b"the edge of the text")
+    words = [zlib.crc32(b"w" + word.encode("utf-8", "surrogatepass")) for word in TOKEN.findall(normalise(text))]
+    hashes, factor = np.array([edge, *words, edge], dtype=np.uint32), np.uint32(0x9E3779B1)
+    expected = ((((hashes[:-1] * factor) ^ hashes[1:]) * factor) >> np.uint32(11)).astype(np.int64) % NUM_SLOTS
+    features = extract(text)
+    assert features.slots_N[features.kinds_N == PAIR].tolist() == expected.tolist()
 
 
 def test_pairs_know_the_order_and_words_do_not() -> None:
