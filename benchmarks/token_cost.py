@@ -1,12 +1,13 @@
-"""What a token costs in CPU time, by process: some answers stream at once over HTTP, and each process' clock is read
-before and after. Says what to look at; a wait shows in no clock.
+"""What a token costs in CPU time, by process: some long answers stream at once over HTTP, each of another domain of a
+random root, and each process' clock is read before and after. A wait shows in no clock.
 
-    python -m benchmarks.token_cost --root artifacts/starter
+    python -m benchmarks.token_cost
 """
 
 import argparse
 import asyncio
 import os
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,10 +17,10 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.adapters_root import domain, write_root
 from benchmarks.figures import Measurement
 from benchmarks.report import result_line
 from benchmarks.served_system import served_system
-from cluster.lora.catalog import Catalog
 
 _TOKENS = 300
 
@@ -44,7 +45,7 @@ def cpu_seconds() -> dict[str, float]:
 
 async def stream(client: httpx.AsyncClient, model: str) -> int:
     """One answer; how many events it had."""
-    body = {"prompt": "hello there", "model": model, "max_tokens": _TOKENS, "temperature": 1.0, "stream": True}
+    body = {"prompt": "hello there", "model": model, "max_tokens": _TOKENS, "stream": True}
     async with client.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
         return sum([line.startswith("data: {") async for line in response.aiter_lines()])
@@ -68,14 +69,14 @@ async def load(http: str, models: list[str], seconds: float) -> tuple[int, float
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.token_cost", description=__doc__)
-    parser.add_argument("--root", type=Path, required=True, help="a trained system")
     parser.add_argument("--streams", type=int, default=4, help="answers at once, each of another domain")
     parser.add_argument("--seconds", type=float, default=15.0)
     options = parser.parse_args()
-    root = options.root.resolve()
-    models = [f"zephyra:{name}" for name in sorted(Catalog(root).load().adapters)[: options.streams]]
-    with served_system(root) as system:
-        events, seconds, spent_s = asyncio.run(load(system.http, models, options.seconds))
+    models = [f"zephyra:{domain(number)}" for number in range(options.streams)]
+    with tempfile.TemporaryDirectory() as folder:
+        write_root(Path(folder), options.streams, rank=8)
+        with served_system(Path(folder)) as system:
+            events, seconds, spent_s = asyncio.run(load(system.http, models, options.seconds))
     table = Table(title=f"CPU per token, {len(models)} streams, {events / seconds:,.0f} tokens/s", title_justify="left")
     table.add_column("process")
     table.add_column("ms", justify="right")
