@@ -74,7 +74,7 @@ class Router:
             logger.error("The domain %s is not routed: %s", domain, problem)
         if ada is not None:
             # The first prompt would otherwise wait for what is prepared once.
-            ada.route([""])
+            ada.sealed().route([""])
         self._ada, self._made_of = ada, self._parts(state)
         logger.info("Routing with router %s: %d domains.", state.router, 0 if ada is None else len(ada.domains))
 

@@ -8,7 +8,7 @@ import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import safetensors.torch
@@ -56,6 +56,7 @@ class TinyAda(nn.Module):
         self.data_free: frozenset[str] = frozenset()
         """Domains known by words of their adapters alone: a guess, until somebody gives examples."""
         self._one_call: OneCall | None = None
+        self._sealed: OneCall | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -114,7 +115,7 @@ class TinyAda(nn.Module):
 
     def _rows(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """`logits` of at least one text, without torch where there is a native call."""
-        if (at_once := self._at_once()) is not None:
+        if (at_once := self._sealed or self._at_once()) is not None:
             return at_once.logits(texts).astype(np.float64)
         with torch.inference_mode():
             rows: NDArray[np.float64] = self.logits(texts).numpy().astype(np.float64)
@@ -267,7 +268,12 @@ class TinyAda(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: their numbers lie elsewhere."""
-        return {**self.__dict__, "_one_call": None}
+        return {**self.__dict__, "_one_call": None, "_sealed": None}
+
+    def sealed(self) -> Self:
+        """This very one, which is to stay as it is from now on: it looks no more whether its numbers lie elsewhere."""
+        self._sealed = self._at_once()
+        return self
 
     def _at_once(self) -> OneCall | None:
         """The whole of it as one native call, made anew when its numbers lie elsewhere; None where there is none."""

@@ -88,6 +88,15 @@ def test_what_is_written_to_a_router_counts_at_once(router: TinyAda) -> None:
     assert not torch.allclose(_found(changed, TEXTS), _found(router, TEXTS), rtol=0, atol=2e-3)
 
 
+def test_a_sealed_router_decides_alike_and_what_is_made_of_it_is_another(router: TinyAda) -> None:
+    expected = [decision.probabilities for decision in router.route(TEXTS)]
+    sealed = copy.deepcopy(router).sealed()
+    assert [decision.probabilities for decision in sealed.route(TEXTS)] == expected
+    less = sealed.without_domain("games")
+    assert "games" not in less.route(["Who moves first in chess?"])[0].probabilities
+    assert [decision.probabilities for decision in sealed.route(TEXTS)] == expected
+
+
 def test_a_router_of_no_domain_says_none(router: TinyAda) -> None:
     empty = router
     for domain in router.domains:
