@@ -16,6 +16,8 @@ from tests.nano import build_root
 # Before anything imports Ray: local clusters ask for a token otherwise, and report their use.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# So that the test of autoscaling need not wait for Serve to hear of a load.
+os.environ["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
-"""Changes to a running system, by its configuration: copies in place, shards by a rolling restart under load."""
+"""Changes to a running system, by its configuration: copies in place, shards by a rolling restart under load; and base
+replicas by load itself.
+"""
 
+import asyncio
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +16,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 from ray.util import list_named_actors
 
+from benchmarks.autoscale import Traffic
 from cluster.lora.placement import shard_of
 from cluster.messages import AdapterRef
 from tests.nano import CONTEXT_TOKENS
@@ -21,16 +25,17 @@ pytestmark = pytest.mark.ray
 
 NAME = "second"
 LAW = AdapterRef("law", 1)
+SCALING = {"max_replicas": 2, "upscale_delay_s": 1, "downscale_delay_s": 2}
 
 
-def configure(root, shards, copies):
+def configure(root, shards, copies, **settings):
     """As `serve deploy` does with a file."""
     coordinator = {"name": "Coordinator", "user_config": {"copies": copies}}
     application = {
         "name": NAME,
         "route_prefix": f"/{NAME}",
         "import_path": "deployments:app",
-        "args": {"root": str(root), "threads": 1, "shards": shards},
+        "args": {"root": str(root), "threads": 1, "shards": shards, **settings},
         "deployments": [coordinator],
     }
     _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]))
@@ -102,7 +107,8 @@ def test_a_shard_more_breaks_no_stream_and_fails_no_request(served, second):
     with ThreadPoolExecutor(2) as pool:
         loads = [pool.submit(keep_streaming), pool.submit(keep_asking)]
         try:
-            configure(served.root, shards=3, copies=2)
+            # More than is tested here: what is tested next need not restart everything again.
+            configure(served.root, shards=3, copies=2, **SCALING)
             time.sleep(1)
             settled(num_shards=3)
         finally:
@@ -113,3 +119,38 @@ def test_a_shard_more_breaks_no_stream_and_fails_no_request(served, second):
     assert set(endings) == {("length", "[DONE]")}
     assert set(statuses) == {200}
     assert min(len(endings), len(statuses)) > 1
+
+
+def num_running():
+    """Base replicas, as `/api/serve/applications` shows them."""
+    deployments = _get_global_client().get_serve_details()["applications"][NAME]["deployments"]
+    return sum(replica["state"] == "RUNNING" for replica in deployments["BaseReplica"]["replicas"])
+
+
+def test_a_base_replica_comes_with_the_load_and_goes_with_it_and_no_request_fails(served, second):
+    configure(served.root, shards=3, copies=2, **SCALING)
+    time.sleep(1)
+    settled(num_shards=3)
+
+    async def until(wanted, seconds=120):
+        end_s = time.monotonic() + seconds
+        while await asyncio.to_thread(num_running) != wanted:
+            assert time.monotonic() < end_s, f"there were never {wanted}"
+            await asyncio.sleep(0.2)
+
+    async def up_and_down():
+        heavy, light = Traffic(str(second.base_url)), Traffic(str(second.base_url))
+        tasks = [asyncio.create_task(heavy.run(48)), asyncio.create_task(light.run(1))]
+        try:
+            await until(2)
+            heavy.stop = True
+            await until(1)
+        finally:
+            heavy.stop = light.stop = True
+            await asyncio.gather(*tasks)
+        return heavy, light
+
+    assert num_running() == 1
+    heavy, light = asyncio.run(up_and_down())
+    assert (heavy.problems, light.problems) == ([], [])
+    assert min(heavy.num_answered, light.num_answered) > 1
