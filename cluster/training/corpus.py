@@ -3,8 +3,7 @@
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import overload
+from typing import BinaryIO, overload
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -43,15 +42,15 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, first: int, text: str, max_token
 class StoredExamples(Sequence[Example]):
     """Examples in a file of token ids; in memory are three numbers of each."""
 
-    def __init__(self, file: Path, examples: Iterable[Example]) -> None:
-        """Writes `file`, which must stay where it is as long as this is used."""
+    def __init__(self, file: BinaryIO, examples: Iterable[Example]) -> None:
+        """Writes `file`, empty and open for reading too, which nobody else may write to as long as this is used."""
         self._starts, self._prompts, self._bytes = array("q", [0]), array("i"), array("q")
-        with file.open("wb") as output:
-            for example in examples:
-                output.write(np.asarray(example.ids, dtype=np.int32).tobytes())
-                self._starts.append(self._starts[-1] + len(example.ids))
-                self._prompts.append(example.num_prompt_tokens)
-                self._bytes.append(example.num_response_bytes)
+        for example in examples:
+            file.write(np.asarray(example.ids, dtype=np.int32).tobytes())
+            self._starts.append(self._starts[-1] + len(example.ids))
+            self._prompts.append(example.num_prompt_tokens)
+            self._bytes.append(example.num_response_bytes)
+        file.flush()
         # An empty file cannot be mapped.
         self._ids = np.memmap(file, dtype=np.int32, mode="r") if len(self) else np.empty(0, dtype=np.int32)
 

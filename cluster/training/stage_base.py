@@ -62,9 +62,10 @@ def train_base(settings: StageSettings, run: Run) -> None:
     if run.workers.is_first:
         run.say(f"Zephyra Fusion '{base.size}': {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
     settings.root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=settings.root, prefix="tokens-") as folder:
+    # Without a name: nothing is left of it where this process is killed.
+    with tempfile.TemporaryFile(dir=settings.root) as file:
         corpus = encode_corpus(tokenizer, _rows(data, "train", settings), base.max_tokens)
-        examples = StoredExamples(Path(folder) / "ids", corpus)
+        examples = StoredExamples(file, corpus)
         fit_base(model, examples, base, recipe.seed, recipe.checkpoint_every_steps, run)
     if run.workers.shards_base:
         model = whole_model(model, ZephyraFusionForCausalLM(config))
