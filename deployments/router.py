@@ -73,8 +73,9 @@ class Router:
         for domain, problem in self._assembly.problems.items():
             logger.error("The domain %s is not routed: %s", domain, problem)
         if ada is not None:
-            # The first prompt would otherwise wait for what is prepared once.
-            ada.sealed().route([""])
+            # The first prompt would otherwise wait for what is prepared once, and each for a look at whether it is.
+            ada.seal()
+            ada.route([""])
         self._ada, self._made_of = ada, self._parts(state)
         logger.info("Routing with router %s: %d domains.", state.router, 0 if ada is None else len(ada.domains))
 

@@ -8,7 +8,7 @@ import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import safetensors.torch
@@ -270,10 +270,9 @@ class TinyAda(nn.Module):
         """For copies and pickles: their numbers lie elsewhere."""
         return {**self.__dict__, "_one_call": None, "_sealed": None}
 
-    def sealed(self) -> Self:
-        """This very one, which is to stay as it is from now on: it looks no more whether its numbers lie elsewhere."""
+    def seal(self) -> None:
+        """From now on it stays as it is, and looks no more whether its numbers lie elsewhere. What is made of it may."""
         self._sealed = self._at_once()
-        return self
 
     def _at_once(self) -> OneCall | None:
         """The whole of it as one native call, made anew when its numbers lie elsewhere; None where there is none."""

@@ -90,7 +90,8 @@ def test_what_is_written_to_a_router_counts_at_once(router: TinyAda) -> None:
 
 def test_a_sealed_router_decides_alike_and_what_is_made_of_it_is_another(router: TinyAda) -> None:
     expected = [decision.probabilities for decision in router.route(TEXTS)]
-    sealed = copy.deepcopy(router).sealed()
+    sealed = copy.deepcopy(router)
+    sealed.seal()
     assert [decision.probabilities for decision in sealed.route(TEXTS)] == expected
     less = sealed.without_domain("games")
     assert "games" not in less.route(["Who moves first in chess?"])[0].probabilities
