@@ -183,7 +183,7 @@ def many_tasks(data: Path, quick: bool, num_cpus: int, console: Console) -> Meas
     """The 275 tasks: the same table by family, served from four shards, and pruned to half."""
     amount = Amount("trial", 8, 80, 8, 4) if quick else Amount("many-tasks", test_rows=20, worst_rows=4)
     with tempfile.TemporaryDirectory() as folder:
-        table, families = _tasks(data)
+        table, families = read_tasks(data)
         trained = Trained(table, amount, Path(folder), num_cpus, console)
         report = trained.evaluate()
         console.print(_by_family(report, families))
@@ -229,8 +229,8 @@ def _by_family(report: Report, families: Mapping[str, str]) -> Table:
     return table
 
 
-def _tasks(data: Path) -> tuple[pa.Table, dict[str, str]]:
-    """The tasks' rows with names that can be a domain's, and the family of each."""
+def read_tasks(data: Path) -> tuple[pa.Table, dict[str, str]]:
+    """The tasks' rows with names that can be a domain's, and the family of each. Raises `InvalidInput` for no file."""
     table = _read([data / "manytask.parquet"])
     names = [re.sub(r"[^a-z0-9_-]", "_", task.lower().replace("/", "-")) for task in table["task"].to_pylist()]
     families = dict(zip(names, table["family"].to_pylist(), strict=True))

@@ -97,7 +97,9 @@ def train(
     recipe: Annotated[
         str | None, typer.Option(help="starter, open-domains or pretrained; with --base by default pretrained.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Folder of Parquet files; the starter's by default.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder of Parquet files or saved data sets; the starter's by default.")
+    ] = None,
     root: Annotated[
         str | None, typer.Option(help="Where to publish; by default artifacts/RECIPE, or artifacts/NAME of the base.")
     ] = None,

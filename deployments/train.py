@@ -171,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(prog="python -m deployments.train", description=__doc__)
     command.add_argument("stage", choices=[*JOBS, "all"])
     command.add_argument("--root", required=True, help="absolute folder or mount that holds the artifacts")
-    command.add_argument("--data", required=True, help="absolute folder of Parquet files; a file will do for a domain")
+    command.add_argument("--data", required=True, help="absolute folder of tables; a Parquet file will do for a domain")
     command.add_argument("--recipe", help="by default the starter's, and for stage domain the one of the root")
     command.add_argument("--domain", help="the name of the domain that stage domain trains")
     command.add_argument(
