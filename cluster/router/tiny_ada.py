@@ -271,7 +271,7 @@ class TinyAda(nn.Module):
         return {**self.__dict__, "_one_call": None, "_sealed": None}
 
     def seal(self) -> None:
-        """From now on it stays as it is, and looks no more whether its numbers lie elsewhere; what is made of it does."""
+        """From now on it is to stay as it is, and looks no more whether its numbers lie elsewhere."""
         self._sealed = self._at_once()
 
     def _at_once(self) -> OneCall | None:
