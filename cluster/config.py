@@ -20,6 +20,11 @@ DEFAULT_KEYS_FILE = "keys/keys.json"
 Root = Path | str
 """Where artifacts lie: a local folder as a path, or the URI of a bucket: s3://..., gs://..., az://..., file://..."""
 
+Device = Literal["cpu", "cuda"]
+
+TrainingDtype = Literal["float32", "bfloat16", "auto"]
+"""The numbers that layers multiply in training; auto: bfloat16 where the machine multiplies it, else float32."""
+
 Quantization = Literal["int8", "int4"]
 """A form of a base with integer weights, beside its floats."""
 
@@ -206,6 +211,8 @@ class Recipe(_Settings):
     router: RouterSettings = RouterSettings()
     joint: JointSettings = JointSettings()
     bad_rows: BadRowSettings = BadRowSettings()
+    dtype: TrainingDtype = "float32"
+    """What the layers of a base multiply while it, or adapters over it, are trained; what is trained stays float32."""
     train_rows_per_domain: int = Field(default=20_000, ge=1)
     """At most so many rows of each domain are learned from."""
     val_rows_per_domain: int = Field(default=100, ge=1)
@@ -294,7 +301,7 @@ class AppSettings(_Settings):
     """Serve the base's int8 or int4 form, which `zephyra quantize` wrote; by default its floats."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Numbers that the base computes with; by default those it was saved in."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     """Where base replicas run; each takes a GPU of its own."""
     shards: int = Field(default=2, ge=1, le=1024)
     """Adapter shards."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.config import DEFAULT_ROOT, AppSettings, Quantization, absolute
+from cluster.config import DEFAULT_ROOT, AppSettings, Device, Quantization, absolute
 from cluster.errors import InvalidInput
 from deployments.commands.command_line import (
     STARTER,
@@ -105,6 +105,7 @@ def train(
     ] = None,
     base: Annotated[str | None, typer.Option(help="Take this base over instead of training one: " + _BASE_HELP)] = None,
     again: Annotated[bool, typer.Option("--again", help="Start over where a run is finished or half done.")] = False,
+    device: Annotated[Device, typer.Option(help="Where bases and adapters are trained: cpu or cuda.")] = "cpu",
 ) -> None:
     """Train a stage, or what is left of all four, in this process. On a cluster: python -m deployments.train."""
     from cluster.training import STAGES
@@ -113,20 +114,22 @@ def train(
         if base is not None and stage not in ("base", "all"):
             raise InvalidInput(f"Stage {stage!r} takes the root's base; give --base to stage base, or to all.")
         if stage == "all":
-            if not _train_all(recipe, data, root, base, again):
+            if not _train_all(recipe, data, root, base, again, device):
                 console.print("all four stages are done already; --again starts over")
         elif stage in STAGES:
-            run_stage(stage, stage_settings(recipe, data, root, base))
+            run_stage(stage, stage_settings(recipe, data, root, base), device)
         else:
             raise InvalidInput(f"There is no stage {stage!r}; the stages are: {', '.join(STAGES)}, all.")
 
 
-def _train_all(recipe: str | None, data: str | None, root: str | None, base: str | None, again: bool) -> bool:
+def _train_all(
+    recipe: str | None, data: str | None, root: str | None, base: str | None, again: bool, device: Device = "cpu"
+) -> bool:
     from cluster.training.pipeline import run_all
 
     settings = stage_settings(recipe, data, root, base)
     since = time.monotonic()
-    left = run_all(settings, lambda stage: run_stage(stage, settings), again)
+    left = run_all(settings, lambda stage: run_stage(stage, settings, device), again)
     if left:
         console.print(f"trained '{settings.name}' in {time.monotonic() - since:.0f} s: {settings.root}")
     return left
@@ -141,8 +144,10 @@ def evaluate(
     out: Annotated[
         str | None, typer.Option(help="A folder for the report; by default the next of the root's evaluations.")
     ] = None,
+    device: Annotated[Device, typer.Option(help="Where it is measured: cpu or cuda.")] = "cpu",
 ) -> None:
     """Per domain: loss of base, routed, oracle and worst adapter, exact answers, routing; what became worse."""
+    from cluster.training.compute import device_of
     from cluster.training.evaluation import EvaluationSettings
     from cluster.training.evaluation import evaluate as measure
     from cluster.training.evaluation_history import became_worse, last_like, publish_report, write_report
@@ -151,7 +156,7 @@ def evaluate(
 
     with errors_told():
         place, folder = root_and_data(root, data)
-        with LocalRun("evaluation", place / "runs" / "evaluation", console) as run:
+        with LocalRun("evaluation", place / "runs" / "evaluation", console, device=device_of(device)) as run:
             report = measure(EvaluationSettings(root=place, data=folder, split=split, rows_per_domain=rows), run)
         before = last_like(place, report)
         changes = became_worse(before.report, report) if before is not None else []

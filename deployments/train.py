@@ -17,13 +17,15 @@ from typing import Any
 import pydantic
 import ray
 import ray.train
+import ray.train.torch
+import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.config import LiveDomainSettings, StageSettings
+from cluster.config import Device, LiveDomainSettings, StageSettings
 from cluster.environment import ray_address
 from cluster.errors import InvalidInput, ZephyraError
-from cluster.training import DIVISIBLE, JOBS, STAGES
+from cluster.training import DIVISIBLE, JOBS, ON_DEVICE, STAGES
 from cluster.training.disk import full_disk_told
 from cluster.training.pipeline import data_of, live_recipe, run_all
 from cluster.training.recipes import recipe
@@ -86,7 +88,8 @@ def _train(config: dict[str, Any]) -> str | None:
         settings = StageSettings.model_validate_json(config["settings"])
         stage = config["stage"]
         context = ray.train.get_context()
-        workers = Workers(context.get_world_rank(), context.get_world_size(), config["shards_base"])
+        device = ray.train.torch.get_device() if config["device"] == "cuda" else torch.device("cpu")
+        workers = Workers(context.get_world_rank(), context.get_world_size(), config["shards_base"], device)
         curves = f"{stage}-{settings.mark}" if workers.is_first else f"{stage}-{settings.mark}-{workers.rank}"
         with closing(EventLog(settings.root / FOLDER / curves)) as events:
             run = TrainRun(stage, events, workers)
@@ -104,11 +107,12 @@ def fit(
     num_cpus: float,
     num_workers: int = 1,
     shards_base: bool = False,
+    device: Device = "cpu",
 ) -> None:
     """Run one stage on the cluster and wait for it. Raises `InvalidInput` with the stage's own reason if it refused.
 
-    Each of the workers reserves so many CPUs; a stage that cannot be divided runs on one. `shards_base`: stage base
-    keeps a part of the weights and moments on each, by FSDP.
+    Each of the workers reserves so many CPUs, and on cuda a GPU; a stage that cannot be divided runs on one.
+    `shards_base`: stage base keeps a part of the weights and moments on each, by FSDP.
     """
     if num_workers < 1:
         raise InvalidInput(f"--workers is {num_workers}; expected 1 or more.")
@@ -116,11 +120,19 @@ def fit(
         print(f"stage {stage} runs on one worker; only {' and '.join(DIVISIBLE)} can be divided", flush=True)
         num_workers = 1
     train: Any = _train  # what it returns is kept in the result, though its type says that it returns nothing
+    on_gpus = device == "cuda" and stage in ON_DEVICE
+    resources = {"CPU": num_cpus} | ({"GPU": 1.0} if on_gpus else {})
     trainer = TorchTrainer(
         train,
-        train_loop_config={"stage": stage, "settings": settings.model_dump_json(), "shards_base": shards_base},
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": num_cpus}),
+        train_loop_config={
+            "stage": stage,
+            "settings": settings.model_dump_json(),
+            "shards_base": shards_base,
+            "device": "cuda" if on_gpus else "cpu",
+        },
+        # Objects go over gloo also where tensors go over nccl.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpus else "gloo"),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=on_gpus, resources_per_worker=resources),
         run_config=RunConfig(
             name=f"{run_name}-{stage}-{settings.mark}",
             storage_path=str(settings.root / "runs"),
@@ -147,7 +159,15 @@ def main(arguments: list[str] | None = None) -> int:
                 if stage in run.done:
                     print(f"stage {stage} of the run {options.run_name!r} is done already", flush=True)
                     return
-                fit(stage, settings, options.run_name, options.cpus, options.workers, options.shard_base)
+                fit(
+                    stage,
+                    settings,
+                    options.run_name,
+                    options.cpus,
+                    options.workers,
+                    options.shard_base,
+                    options.device,
+                )
                 run.add(stage)
 
             if options.stage == "all":
@@ -182,6 +202,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, default=1, help="workers of stages base and adapters")
     command.add_argument(
         "--shard-base", action="store_true", help="with --workers: base's weights and moments in parts, by FSDP"
+    )
+    command.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="with cuda each worker of a base or adapters has a GPU"
     )
     return command
 

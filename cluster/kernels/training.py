@@ -1,6 +1,7 @@
 """Attention within documents and RMS normalisation, with gradients, on the native kernels.
 
-For float32 on a CPU; `can_attend` and `can_normalize` say where they apply, and whoever asks has torch for the rest.
+For float32 on a CPU, and for bfloat16, which is widened on the way in; `can_attend` and `can_normalize` say where they
+apply, and whoever asks has torch for the rest.
 Letters: T tokens, N query heads, K key-value heads, H head size, D numbers of a row.
 """
 
@@ -18,7 +19,8 @@ _HEAD_MULTIPLE = 16
 
 
 def _are_floats(*tensors: Tensor) -> bool:
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and native_library() is not None
+    are = all(t.dtype in (torch.float32, torch.bfloat16) and t.device.type == "cpu" for t in tensors)
+    return are and native_library() is not None
 
 
 def can_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -28,8 +30,9 @@ def can_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: Sequence[int], scaling: float) -> Tensor:
     """Causal attention within each of the documents, whose lengths sum to T; shape [T, N, H]."""
-    out_TNH: Tensor = _Attend.apply(q_TNH, k_TKH, v_TKH, lengths, scaling)  # type: ignore[no-untyped-call]
-    return out_TNH
+    heads = q_TNH.float(), k_TKH.float(), v_TKH.float()
+    out_TNH: Tensor = _Attend.apply(*heads, lengths, scaling)  # type: ignore[no-untyped-call]
+    return out_TNH.to(q_TNH.dtype)
 
 
 class _Attend(torch.autograd.Function):
@@ -65,8 +68,8 @@ def can_normalize(x: Tensor, weight_D: Tensor) -> bool:
 
 def normalize(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """RMS normalisation over the last dimension, D, by frozen weights: no gradient reaches them."""
-    out: Tensor = _Normalize.apply(x, weight_D, epsilon)  # type: ignore[no-untyped-call]
-    return out
+    out: Tensor = _Normalize.apply(x.float(), weight_D.float(), epsilon)  # type: ignore[no-untyped-call]
+    return out.to(x.dtype)
 
 
 class _Normalize(torch.autograd.Function):

@@ -55,7 +55,7 @@ class Base:
         return weight_bytes(self.model)
 
 
-def load_base(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Base:
+def load_base(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Base:
     """Load the model and tokenizer in `folder`. Raises `NotTrained` when there is none, and `CorruptArtifact` for a
     quantized one that is damaged.
     """

@@ -49,6 +49,9 @@ STAGES: dict[str, Callable[["StageSettings", "Run"], None]] = {
 DIVISIBLE = ("base", "adapters")
 """Stages that several workers can run together; the others fit what is whole, in seconds, on one."""
 
+ON_DEVICE = ("base", "adapters", "joint", "domain")
+"""Stages that compute where they are told; the router is so small that it is trained on a CPU."""
+
 
 def _domain(settings: "StageSettings", run: "Run") -> None:
     from cluster.training.stage_domain import train_domain

@@ -2,7 +2,7 @@
 
 import torch
 
-from cluster.config import Root
+from cluster.config import Root, StageSettings
 from cluster.errors import CatalogConflict, StageOrder
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, CatalogState, Change
@@ -13,18 +13,28 @@ from cluster.messages import AdapterRef
 from cluster.model.base import Base, load_base
 from cluster.router.assembly import RouterAssembly
 from cluster.router.tiny_ada import TinyAda
+from cluster.training.compute import dtype_for
+from cluster.training.run import Run
 
 
-def published_base(root: Root | Store, state: CatalogState) -> Base:
+def published_base(
+    root: Root | Store, state: CatalogState, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Base:
     """The current base. Raises `StageOrder` when none has been published."""
     if state.base is None:
         raise StageOrder(f"{_named(root)} holds no base yet; run stage 'base' first, or `zephyra train all`.")
-    return load_base(Store.of(root).folder(f"base/{state.base}"))
+    return load_base(Store.of(root).folder(f"base/{state.base}"), dtype, device)
 
 
-def published_adapter(root: Root | Store, ref: AdapterRef) -> AdapterWeights:
+def training_base(settings: StageSettings, run: Run, state: CatalogState) -> Base:
+    """The same on the worker's device and in the recipe's numbers, as adapters are trained over it."""
+    device = run.workers.device
+    return published_base(settings.root, state, dtype_for(settings.recipe.dtype, device), device)
+
+
+def published_adapter(root: Root | Store, ref: AdapterRef, device: str | torch.device = "cpu") -> AdapterWeights:
     """The factors of one published version, in float32."""
-    return unpack(pack(Store.of(root).adapter_folder(ref)), torch.float32)
+    return unpack(pack(Store.of(root).adapter_folder(ref)), torch.float32, device)
 
 
 def trained_router(root: Root | Store, state: CatalogState) -> TinyAda:

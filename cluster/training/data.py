@@ -225,6 +225,10 @@ class Batch:
     def num_labels(self) -> int:
         return int((self.labels_BT != IGNORED_LABEL).sum())
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same there."""
+        return Batch(self.ids_BT.to(device), self.labels_BT.to(device), self.positions_BT.to(device))
+
 
 def collate(rows: Sequence[Sequence[Example]], pad_id: int, learn_prompts: bool) -> Batch:
     """One batch; each row holds its examples one after the other. Prompts are predicted too if `learn_prompts`.

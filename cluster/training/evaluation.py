@@ -116,14 +116,15 @@ class EvaluationSettings:
 
 
 def evaluate(settings: EvaluationSettings, run: Run) -> Report:
-    """Measure the system in `settings.root` on one split of the data."""
+    """Measure the system in `settings.root` on one split of the data, on the run's device."""
     data = read_data(settings.data)
     state = Catalog(settings.root).load()
     require_adapters(settings.root, state)
-    judge = _Judge(published_base(settings.root, state), settings)
+    device = run.workers.device
+    judge = _Judge(published_base(settings.root, state, device=device), settings)
     router = published_router(settings.root, state)
     for domain in state.adapters:
-        judge.adapters[state.ref(domain)] = published_adapter(settings.root, state.ref(domain))
+        judge.adapters[state.ref(domain)] = published_adapter(settings.root, state.ref(domain), device)
     # A domain whose adapter was combined with another's is an alias of that.
     refs = {name: state.ref(name) for name in (*state.adapters, *state.aliases)}
     domains = [name for name in data.domains if name in refs and data.rows(settings.split, name)]

@@ -208,10 +208,14 @@ class GroupedAdapters:
         return self._parameters[domain]
 
     def weights(self, domain: str, base_fingerprint: str) -> AdapterWeights:
-        """A copy of one domain's adapter, ready to be published."""
+        """A copy of one domain's adapter on the CPU, ready to be published."""
         trained = {name: layer.factors[domain] for name, layer in self._layers.items() if domain in layer.factors}
-        copies = {name: Factors(f.a_RI.clone(), f.b_OR.clone(), f.scale) for name, f in trained.items()}
+        copies = {name: Factors(_copy(f.a_RI), _copy(f.b_OR), f.scale) for name, f in trained.items()}
         return AdapterWeights(copies, base_fingerprint)
+
+
+def _copy(factors: Tensor) -> Tensor:
+    return factors.to("cpu", copy=True)
 
 
 def _grouped(name: str, layer: LinearLayer, rows: _Rows, anchor: Tensor) -> _GroupedLinear:

@@ -1,4 +1,4 @@
-"""The language-model loss, in training and in evaluation."""
+"""The language-model loss, in training and in evaluation, wherever the model lies."""
 
 from collections.abc import Sequence
 
@@ -15,6 +15,7 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _logits_and_labels(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    batch = batch.to(model.device)
     labelled_BT = batch.labels_BT != IGNORED_LABEL
     # On the head's way in, so that whatever the model does to its logits afterwards is done, such as scaling them.
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0][labelled_BT],))
@@ -33,10 +34,10 @@ def summed_loss(model: PreTrainedModel, batch: Batch) -> float:
 
 @torch.inference_mode()
 def row_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Summed cross-entropy in nats of each row's labelled tokens, float64 [B]."""
+    """Summed cross-entropy in nats of each row's labelled tokens, float64 [B], on the CPU."""
     logits, labels = _logits_and_labels(model, batch)
     rows = (batch.labels_BT != IGNORED_LABEL).nonzero()[:, 0]
-    nats = nn.functional.cross_entropy(logits, labels, reduction="none").double()
+    nats = nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu()
     return torch.zeros(len(batch.ids_BT), dtype=torch.float64).index_add_(0, rows, nats)
 
 

@@ -1,5 +1,6 @@
 """Optimizer steps, what is done where one fails, and the state that a checkpoint must hold. Knows nothing of what is
-trained.
+trained. Parameters in bfloat16 are the rounded copies of wide ones, which are what steps change: a step is often too
+small to be seen in eight bits (Micikevicius et al. 2018, arXiv 1710.03740).
 
 AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) under a warm-up, stable, decay schedule (WSD: Hu et al. 2024,
 arXiv 2404.06395).
@@ -40,7 +41,8 @@ class Optimizer:
         keep_gradients: bool = False,
     ) -> None:
         """With `keep_gradients` a step sets them to zero instead of taking them away: others hold views of them."""
-        self._parameters = dict(parameters)
+        self._given = dict(parameters)
+        self._parameters = {name: _wide(parameter) for name, parameter in parameters.items()}
         self._learning_rate, self._num_steps = learning_rate, num_steps
         self._keep_gradients = keep_gradients
         matrices = [p for p in self._parameters.values() if p.dim() >= 2]
@@ -57,16 +59,27 @@ class Optimizer:
         """
         for group in self._adamw.param_groups:
             group["lr"] = self._learning_rate * rate_factor * wsd(step, self._num_steps)
+        for given, wide in self._rounded():
+            wide.grad = None if given.grad is None else given.grad.to(wide.dtype)
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), 1.0, foreach=True)
         is_finite = bool(torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm))
         if is_finite:
             self._adamw.step()
+            self._round()
         self.clear()
         return is_finite
 
     def clear(self) -> None:
         """Drop the gradients that lie on the parameters."""
         self._adamw.zero_grad(set_to_none=not self._keep_gradients)
+        for given, _ in self._rounded():
+            given.grad = None
+
+    def widen(self) -> None:
+        """Training is over: parameters in bfloat16 become the wide ones that they were the copies of."""
+        for given, wide in self._rounded():
+            given.data = wide.detach()
+        self._given = self._parameters
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Parameters and moments by name: all that a resumed run needs beside the number of the step.
@@ -88,10 +101,25 @@ class Optimizer:
                 start = f"{prefix}{name}|"
                 # Copies, since the optimizer changes them in place.
                 self._adamw.state[parameter] = {
-                    key.removeprefix(start): spread_like(value, parameter).clone()
+                    key.removeprefix(start): spread_like(value.to(parameter.device, copy=True), parameter)
                     for key, value in tensors.items()
                     if key.startswith(start)
                 }
+        self._round()
+
+    def _rounded(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """The parameters in bfloat16, each with the wide one that it is the copy of."""
+        pairs = ((given, self._parameters[name]) for name, given in self._given.items())
+        return [(given, wide) for given, wide in pairs if given is not wide]
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for given, wide in self._rounded():
+            given.copy_(wide)
+
+
+def _wide(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().float()) if parameter.dtype == torch.bfloat16 else parameter
 
 
 class Training:

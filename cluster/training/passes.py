@@ -17,6 +17,8 @@ from cluster.training.data import Example
 from cluster.training.documents import documents
 from cluster.training.grouped_lora import GroupedAdapters, Stretch
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -36,11 +38,17 @@ class Pass:
     """The labelled tokens of each domain."""
 
 
-def arrange(rows: Mapping[str, Sequence[Example]], tokens_per_pass: int, learn_prompts: bool = False) -> list[Pass]:
+def arrange(
+    rows: Mapping[str, Sequence[Example]],
+    tokens_per_pass: int,
+    learn_prompts: bool = False,
+    device: torch.device = _CPU,
+) -> list[Pass]:
     """Every domain's examples in their order, in passes of at most so many tokens, or of one longer example.
 
     A domain is divided as if it were alone, and passes are filled with its parts: so its sums are added up in the same
-    order whoever else learns. Responses are to be predicted, and prompts too if `learn_prompts`.
+    order whoever else learns. Responses are to be predicted, and prompts too if `learn_prompts`. The passes lie on
+    `device`, by default the CPU.
     """
     passes: list[list[tuple[str, Example]]] = [[]]
     filled = 0
@@ -51,7 +59,7 @@ def arrange(rows: Mapping[str, Sequence[Example]], tokens_per_pass: int, learn_p
                 filled = 0
             passes[-1] += [(domain, example) for example in part]
             filled += size
-    return [_pass(group, learn_prompts) for group in passes if group]
+    return [_pass(group, learn_prompts, device) for group in passes if group]
 
 
 def _parts(examples: Sequence[Example], most: int) -> list[tuple[list[Example], int]]:
@@ -68,7 +76,7 @@ def _parts(examples: Sequence[Example], most: int) -> list[tuple[list[Example], 
     return parts
 
 
-def _pass(group: Sequence[tuple[str, Example]], learn_prompts: bool) -> Pass:
+def _pass(group: Sequence[tuple[str, Example]], learn_prompts: bool, device: torch.device) -> Pass:
     ids: list[int] = []
     positions: list[int] = []
     labelled: list[int] = []
@@ -91,18 +99,18 @@ def _pass(group: Sequence[tuple[str, Example]], learn_prompts: bool) -> Pass:
         labelled_stretches.append(Stretch(domain, labelled_start, labelled_end))
         start, labelled_start = end, labelled_end
     return Pass(
-        torch.tensor(ids),
-        torch.tensor(positions),
+        torch.tensor(ids).to(device),
+        torch.tensor(positions).to(device),
         tuple(lengths),
         tuple(stretches),
-        torch.tensor(labelled),
-        torch.tensor(labels),
+        torch.tensor(labelled).to(device),
+        torch.tensor(labels).to(device),
         tuple(labelled_stretches),
     )
 
 
 class OnePass:
-    """A base under the adapters of many domains, attached within `open()`."""
+    """A base under the adapters of many domains, attached within `open()`; passes must lie where it does."""
 
     def __init__(self, model: PreTrainedModel, adapters: GroupedAdapters) -> None:
         self._model, self._adapters = model, adapters
@@ -141,7 +149,10 @@ class OnePass:
 
 
 def token_losses(model: PreTrainedModel, batch: Pass, takes_lengths: bool) -> Tensor:
-    """Loss in nats of each labelled token, [M]; `takes_lengths` is what `documents(model)` said."""
+    """Loss in nats of each labelled token, [M]; `takes_lengths` is what `documents(model)` said.
+
+    The pass lies where the model does.
+    """
     options = {"document_lengths": batch.lengths} if takes_lengths else {}
 
     def keep_labelled(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:

@@ -22,6 +22,7 @@ RECIPES: dict[str, Recipe] = {
         joint=JointSettings(
             num_steps=20, rows_per_domain=1, max_tokens=512, adapter_learning_rate=2e-5, router_learning_rate=1e-4
         ),
+        dtype="auto",
     ),
     # A minute for a handful of domains: shows that all stages take the data, not what they could give.
     "trial": Recipe(
@@ -42,6 +43,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         router=_REAL_PROMPTS,
         joint=JointSettings(num_steps=20, rows_per_domain=1, max_tokens=384, adapter_learning_rate=1e-4),
+        dtype="auto",
         train_rows_per_domain=4000,
         val_rows_per_domain=40,
     ),
@@ -53,6 +55,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         router=_REAL_PROMPTS,
         joint=JointSettings(num_steps=0),
+        dtype="auto",
         val_rows_per_domain=10,
     ),
 }

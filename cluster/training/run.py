@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -44,9 +45,16 @@ class Run(Protocol):
 class LocalRun:
     """A stage in this process: a progress bar on the terminal, checkpoints in a folder."""
 
-    def __init__(self, name: str, folder: Path, console: Console, events: Path | None = None) -> None:
-        """`events`: where the curves are kept; nowhere by default."""
-        self.workers = Workers()
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        console: Console,
+        events: Path | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """`events`: where the curves are kept; nowhere by default. `device`: where is computed, by default the CPU."""
+        self.workers = Workers(device=device)
         self._name, self._folder, self._console = name, folder, console
         self._events = EventLog(events) if events is not None else None
         self._progress: Progress | None = None

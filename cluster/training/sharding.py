@@ -5,20 +5,25 @@ Values are those of the whole model but for rounding. Knows nothing of what is t
 
 from collections.abc import Mapping
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 
-def shard(model: PreTrainedModel) -> None:
-    """Keep a part of each weight on each worker from here on; gradients become means over the workers."""
+def shard(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
+    """Keep a part of each weight on each worker from here on; gradients become means over the workers.
+
+    Layers multiply `dtype`; parts, and sums of gradients, stay float32.
+    """
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.get_decoder().layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version
 from cluster.lora.weights import AdapterWeights
 from cluster.model.base import Base
-from cluster.training.artifacts import publish_for_base, published_base
+from cluster.training.artifacts import publish_for_base, training_base
 from cluster.training.data import DataSet, Example, encode, stage_data
 from cluster.training.one_pass import FitSettings, Fitted, fit_adapters, mean_losses
 from cluster.training.provenance import provenance
@@ -26,7 +26,7 @@ def train_adapters(settings: StageSettings, run: Run) -> None:
     recipe, options = settings.recipe, settings.recipe.adapters
     catalog = Catalog(settings.root)
     state = catalog.load()
-    base = published_base(settings.root, state)
+    base = training_base(settings, run, state)
     data = stage_data(settings, run)
     examples = {
         domain: encode(base.tokenizer, data.rows("train", domain, recipe.train_rows_per_domain), options.max_tokens)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cluster.config import BaseSettings, StageSettings
@@ -23,6 +24,7 @@ from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
 from cluster.model.base import fingerprint
 from cluster.model.configuration_zephyra import SIZES
 from cluster.model.tokenizer import train_tokenizer
+from cluster.training.compute import dtype_for
 from cluster.training.corpus import StoredExamples, encode_corpus
 from cluster.training.data import BatchPlan, DataSet, Example, Row, encode, stage_data
 from cluster.training.documents import documents
@@ -66,7 +68,8 @@ def train_base(settings: StageSettings, run: Run) -> None:
     with tempfile.TemporaryFile(dir=settings.root) as file:
         corpus = encode_corpus(tokenizer, _rows(data, "train", settings), base.max_tokens)
         examples = StoredExamples(file, corpus)
-        fit_base(model, examples, base, recipe.seed, recipe.checkpoint_every_steps, run)
+        dtype = dtype_for(recipe.dtype, run.workers.device)
+        fit_base(model, examples, base, recipe.seed, recipe.checkpoint_every_steps, run, dtype)
     if run.workers.shards_base:
         model = whole_model(model, ZephyraFusionForCausalLM(config))
     if not run.workers.is_first:
@@ -106,17 +109,27 @@ def _texts(data: DataSet, settings: StageSettings) -> list[str]:
 
 
 def fit_base(
-    model: PreTrainedModel, examples: Sequence[Example], settings: BaseSettings, seed: int, every: int, run: Run
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    settings: BaseSettings,
+    seed: int,
+    every: int,
+    run: Run,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Train all weights of `model` on prompts and responses; a checkpoint after `every` so many steps.
+    """Train all weights of `model`, float32, on prompts and responses; a checkpoint after `every` so many steps.
 
-    Several workers divide each batch, and each ends with the same weights: those that one worker gives, but for
-    rounding. Raises `InvalidInput` where the loss stays no finite number.
+    It moves to the worker's device, and its layers multiply `dtype` meanwhile. Several workers divide each batch, and
+    each ends with the same weights: those that one worker gives, but for rounding. Raises `InvalidInput` where the loss
+    stays no finite number.
     """
     workers = run.workers
     plan = BatchPlan(examples, settings.tokens_per_batch, pad_id=0, learn_prompts=True, seed=seed)
+    nn.Module.to(model, workers.device)
     if workers.shards_base:
-        shard(model)
+        shard(model, dtype)
+    else:
+        nn.Module.to(model, dtype)
     parameters = dict(model.named_parameters())
     optimizer = Optimizer(parameters, settings.learning_rate, settings.num_steps, settings.weight_decay)
     training = Training("base", optimizer)
@@ -146,6 +159,7 @@ def fit_base(
                 kept = training.tensors()
                 save = partial(save_checkpoint, step=training.num_steps, rank=workers.rank)
                 run.checkpoint(partial(save, tensors=kept if workers.is_first else {}))
+    optimizer.widen()
 
 
 def _backward(model: PreTrainedModel, rows: Sequence[Example], workers: Workers, takes_lengths: bool) -> float:
@@ -157,7 +171,7 @@ def _backward(model: PreTrainedModel, rows: Sequence[Example], workers: Workers,
     mine = [rows[place] for place in workers.part(sizes)]
     # One that has nothing to read takes part nevertheless, since layers in pieces are put together by all.
     read, share = (mine, 1) if mine else (rows[:1], 0)
-    (batch,) = arrange({BASE_DOMAIN: read}, sum(sizes), learn_prompts=True)
+    (batch,) = arrange({BASE_DOMAIN: read}, sum(sizes), learn_prompts=True, device=workers.device)
     loss = token_losses(model, batch, takes_lengths).sum() * (share / sum(sizes))
     total = loss.detach().clone()
     if workers.shards_base:

@@ -18,7 +18,7 @@ from cluster.messages import check_domain_name
 from cluster.model.base import Base
 from cluster.router.domain_prototypes import DomainPrototypes, prototypes_from_examples, with_prototypes
 from cluster.router.tiny_ada import TinyAda
-from cluster.training.artifacts import published_base, published_router, trained_router
+from cluster.training.artifacts import published_router, trained_router, training_base
 from cluster.training.data import Row, encode, read_data
 from cluster.training.domain_data import examples_of, read_domain
 from cluster.training.domain_version import publish_version, write_version
@@ -61,7 +61,7 @@ def train_domain(settings: StageSettings, run: Run) -> None:
     name, recipe = check_domain_name(live.domain), settings.recipe
     state = Catalog(settings.root).load()
     Change(adapters={name: 1}).check(state)
-    base = published_base(settings.root, state)
+    base = training_base(settings, run, state)
     trained = trained_router(settings.root, state)
     data = read_domain(settings.data, name, recipe.bad_rows, live.held_out_share)
     others = _others(settings, live, run)

@@ -35,7 +35,7 @@ _CLEARLY_BETTER = 0.01
 
 @dataclass(frozen=True, slots=True)
 class _System:
-    """What is trained together."""
+    """What is trained together; the router stays on the CPU, where its numbers are few."""
 
     base: Base
     adapters: TrainableAdapters
@@ -49,7 +49,7 @@ def train_joint(settings: StageSettings, run: Run) -> None:
         return
     catalog = Catalog(settings.root)
     state = catalog.load()
-    system = _load(settings, state)
+    system = _load(settings, state, run)
     data = stage_data(settings, run)
     domains = system.adapters.domains
     before = _losses(system, data, settings)
@@ -102,8 +102,8 @@ def _publish(catalog: Catalog, trained: CatalogState, change: Change) -> None:
         return
 
 
-def _load(settings: StageSettings, state: CatalogState) -> _System:
-    base = published_base(settings.root, state)
+def _load(settings: StageSettings, state: CatalogState, run: Run) -> _System:
+    base = published_base(settings.root, state, device=run.workers.device)
     require_adapters(settings.root, state)
     router = trained_router(settings.root, state)
     if combined := sorted(set(router.domains) & state.aliases.keys()):
@@ -206,8 +206,10 @@ def _joint_loss(system: _System, rows: list[Row], settings: StageSettings) -> tu
     examples = encode(system.base.tokenizer, rows, options.max_tokens)
     batch = collate([[example] for example in examples], padding_id(system.base.tokenizer), learn_prompts=False)
     # The last column is none: its probability is the share of the plain base.
-    system.adapters.mix(log_probabilities_BN[:, :-1].exp(), batch.ids_BT.shape[1])
+    device = system.base.model.device
+    system.adapters.mix(log_probabilities_BN[:, :-1].exp().to(device), batch.ids_BT.shape[1])
     names = (*system.router.domains, NONE_DOMAIN)
     labels = torch.tensor([names.index(row.domain) for row in rows])
     routing = nn.functional.nll_loss(log_probabilities_BN, labels)
-    return batch_loss(system.base.model, batch) + options.router_loss_weight * routing, batch.ids_BT.numel()
+    loss = batch_loss(system.base.model, batch) + options.router_loss_weight * routing.to(device)
+    return loss, batch.ids_BT.numel()

@@ -17,17 +17,17 @@ from cluster.lora.weights import AdapterWeights, Factors, LinearLayer, adaptable
 class _LoraLinear(nn.Module):
     """A frozen layer and the factors of the domains that change it, by their numbers."""
 
-    def __init__(self, base: LinearLayer, factors: Mapping[int, Factors]) -> None:
+    def __init__(self, base: LinearLayer, factors: Mapping[int, Factors], device: torch.device) -> None:
         super().__init__()
         self.base = base
         self.places = {domain: place for place, domain in enumerate(factors)}
         """Where a domain's factors stand in `a`, `b` and `scales`."""
-        self.a = nn.ParameterList(f.a_RI.clone() for f in factors.values())
-        self.b = nn.ParameterList(f.b_OR.clone() for f in factors.values())
+        self.a = nn.ParameterList(f.a_RI.to(device, copy=True) for f in factors.values())
+        self.b = nn.ParameterList(f.b_OR.to(device, copy=True) for f in factors.values())
         self.scales = [f.scale for f in factors.values()]
-        ranks = torch.tensor([f.rank for f in factors.values()], dtype=torch.int64)
-        self._owner_C = torch.tensor(list(factors), dtype=torch.int64).repeat_interleave(ranks)
-        self._scale_C = torch.tensor(self.scales).repeat_interleave(ranks)
+        columns = [(domain, f.scale) for domain, f in factors.items() for _ in range(f.rank)]
+        self._owner_C = torch.tensor([domain for domain, _ in columns], dtype=torch.int64).to(device)
+        self._scale_C = torch.tensor([scale for _, scale in columns]).to(device)
         self.domain: int | None = None
         self.weights_TN: Tensor | None = None
 
@@ -53,7 +53,7 @@ class TrainableAdapters:
         for name, linear in adaptable_layers(model).items():
             every = enumerate(adapters.values())
             chosen = {index: weights.factors[name] for index, weights in every if name in weights.factors}
-            self._layers[name] = _LoraLinear(linear, chosen)
+            self._layers[name] = _LoraLinear(linear, chosen, model.device)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, self._layers[name])
 
@@ -78,10 +78,10 @@ class TrainableAdapters:
             layer.domain, layer.weights_TN = None, weights_TN
 
     def weights(self, domain: str, base_fingerprint: str) -> AdapterWeights:
-        """A copy of one domain's adapter, ready to be published."""
+        """A copy of one domain's adapter on the CPU, ready to be published."""
         return AdapterWeights(
             {
-                name: Factors(layer.a[place].detach().clone(), layer.b[place].detach().clone(), layer.scales[place])
+                name: Factors(_copy(layer.a[place]), _copy(layer.b[place]), layer.scales[place])
                 for name, layer, place in self._of(domain)
             },
             base_fingerprint,
@@ -91,3 +91,7 @@ class TrainableAdapters:
         """The layers that a domain changes, and where its factors stand there."""
         index = self.domains.index(domain)
         return [(name, layer, layer.places[index]) for name, layer in self._layers.items() if index in layer.places]
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return parameter.detach().to("cpu", copy=True)

@@ -18,9 +18,15 @@ T = TypeVar("T")
 class Workers:
     """This worker among those of its stage; by default it is the only one."""
 
-    def __init__(self, rank: int = 0, count: int = 1, shards_base: bool = False) -> None:
-        """`shards_base`: stage base keeps a part of the weights and moments on each worker, instead of all on all."""
+    def __init__(
+        self, rank: int = 0, count: int = 1, shards_base: bool = False, device: torch.device | None = None
+    ) -> None:
+        """`shards_base`: stage base keeps a part of the weights and moments on each worker, instead of all on all.
+
+        `device`: where this one computes; by default the CPU.
+        """
         self.rank, self.count = rank, count
+        self.device = device or torch.device("cpu")
         self.shards_base = shards_base and count > 1
 
     @property

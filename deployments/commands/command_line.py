@@ -8,7 +8,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from cluster.config import DEFAULT_ROOT, AppSettings, Root, StageSettings, absolute, is_hub_id
+from cluster.config import DEFAULT_ROOT, AppSettings, Device, Root, StageSettings, absolute, is_hub_id
 from cluster.errors import InvalidInput, StageOrder, ZephyraError
 
 console = Console()
@@ -85,16 +85,18 @@ def stage_settings(
     return StageSettings(root=place, data=folder, recipe=chosen, name=recipe_name, base=named)
 
 
-def run_stage(stage: str, settings: StageSettings) -> None:
+def run_stage(stage: str, settings: StageSettings, device: Device = "cpu") -> None:
     """One stage in this process, with a progress bar."""
     from cluster.training import JOBS
+    from cluster.training.compute import device_of
     from cluster.training.disk import full_disk_told
     from cluster.training.run import LocalRun
     from cluster.training.tracking import FOLDER
 
     name = f"{stage}-{settings.mark}"
+    folder, events = settings.root / "runs" / name, settings.root / FOLDER / name
     with (
-        LocalRun(stage, settings.root / "runs" / name, console, settings.root / FOLDER / name) as run,
+        LocalRun(stage, folder, console, events, device_of(device)) as run,
         full_disk_told(settings.root, run),
     ):
         JOBS[stage](settings, run)

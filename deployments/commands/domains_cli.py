@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.config import Device
 from cluster.errors import InvalidInput
 from cluster.router.examples import MAX_EXAMPLES_BYTES, Examples
 from deployments.commands.command_line import (
@@ -88,6 +89,7 @@ def train(
     hold_out: Annotated[
         float, typer.Option(min=0.01, max=0.9, help="Share of the rows to measure on, where no split says which.")
     ] = 0.1,
+    device: Annotated[Device, typer.Option(help="Where it is trained: cpu or cuda.")] = "cpu",
 ) -> None:
     """Train a domain from raw data while the system serves; published only if what is held out speaks for it."""
     from cluster.config import LiveDomainSettings, StageSettings
@@ -103,7 +105,7 @@ def train(
         settings = StageSettings(
             root=place, data=Path(data).resolve(), recipe=recipe_named(chosen), name=chosen, live=live
         )
-        run_stage("domain", settings)
+        run_stage("domain", settings, device)
 
 
 @app.command()
