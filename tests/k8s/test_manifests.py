@@ -13,7 +13,7 @@ from lightkube.models.core_v1 import Container
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import DEFAULT_KEYS_FILE, AppSettings, Recipe, StageSettings
-from cluster.training import STAGES
+from cluster.training import DIVISIBLE, STAGES
 from deployments.application import PROXY
 from deployments.cluster import SERVICER
 from deployments.train import parser
@@ -221,6 +221,10 @@ def test_there_is_one_job_for_each_stage_and_its_command_is_understood() -> None
         mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
         assert all(any(place.startswith(f"{mount}/") for mount in mounts) for place in (options.root, options.data))
         assert options.cpus < int(container["resources"]["limits"]["cpu"])
+        groups = _cluster(job).get("workerGroupSpecs", [])
+        # One worker for each pod, the head's included.
+        assert options.workers == 1 + sum(group["replicas"] for group in groups)
+        assert options.workers == 1 or options.stage in DIVISIBLE
 
 
 def test_the_kustomizations_name_every_file() -> None:

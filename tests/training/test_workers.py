@@ -1,5 +1,6 @@
 """Two workers against one: real processes that speak through gloo, as Ray Train's do."""
 
+import math
 import os
 from collections.abc import Callable
 from itertools import pairwise
@@ -12,12 +13,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cluster.config import BaseSettings
 from cluster.errors import InvalidInput
 from cluster.model import ZephyraFusionForCausalLM
+from cluster.training import stage_base
 from cluster.training.documents import documents
 from cluster.training.one_pass import FitSettings, Fitted, fit_adapters
+from cluster.training.passes import Pass
 from cluster.training.run import Run
 from cluster.training.sharding import shard, whole, whole_model
 from cluster.training.stage_base import _backward, fit_base
@@ -59,6 +63,23 @@ def _fit_base(run: Run) -> dict[str, Tensor]:
     fit_base(model, some_examples(nano_tokenizer(), 36), BASE, 3, EVERY, run)
     whole = whole_model(model, _model()) if run.workers.shards_base else model
     return {name: parameter.detach() for name, parameter in whole.named_parameters()}
+
+
+def _fit_poisoned_base(run: FolderRun) -> dict[str, Tensor]:
+    """The same, where the loss of step 5 is no number the first time, on the last worker alone."""
+    real, calls = stage_base.token_losses, 0
+
+    def token_losses(model: PreTrainedModel, batch: Pass, takes_lengths: bool) -> Tensor:
+        nonlocal calls
+        calls += 1
+        is_broken = calls == 5 and run.workers.rank == run.workers.count - 1
+        return real(model, batch, takes_lengths) * (math.nan if is_broken else 1.0)
+
+    stage_base.token_losses = token_losses
+    try:
+        return _fit_base(run)
+    finally:
+        stage_base.token_losses = real
 
 
 def _gradients(workers: Workers) -> dict[str, Tensor]:
@@ -107,6 +128,11 @@ def _work(rank: int, folder: Path) -> None:
             fit(_StoppedRun(folder / f"{kind} broken", workers=workers))
         dist.barrier()
         save_file(fit(_Run(folder / f"{kind} broken", workers=workers)), folder / f"{kind}-resumed-{rank}")
+
+    for shards in (False, True):
+        run = _Run(folder / f"poisoned {shards}", workers=Workers(rank, 2, shards))
+        save_file(_fit_poisoned_base(run), folder / f"poisoned-{shards}-{rank}")
+        (folder / f"said-{shards}-{rank}").write_text("\n".join(run.said))
 
     def gives_up() -> int:
         if rank == 1:
@@ -159,6 +185,23 @@ def test_a_base_by_two_workers_is_that_of_one_but_for_rounding(kind: str, two: P
         assert torch.equal(one[name], other[name]), "both workers hold the same"
         moved = (parameter - start[name]).abs().max()
         assert (one[name] - parameter).abs().max() < 0.05 * moved, name
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_loss_that_is_no_number_on_one_worker_takes_all_back_as_it_takes_one(
+    shards: bool, two: Path, tmp_path: Path
+) -> None:
+    run = _Run(tmp_path / "alone")
+    alone = _fit_poisoned_base(run)
+    told = ["base: the loss of step 5 is no finite number; back to step 3, at 1/2 of the rate"]
+    assert run.said == told
+    assert [(two / f"said-{shards}-{rank}").read_text() for rank in (0, 1)] == [*told, ""], "one speaks for all"
+    unpoisoned = _fit_base(FolderRun(tmp_path / "unpoisoned"))
+    one, other = _read(two, f"poisoned-{shards}")
+    for name, parameter in alone.items():
+        assert torch.equal(one[name], other[name])
+        halved = (parameter - unpoisoned[name]).abs().max()
+        assert (one[name] - parameter).abs().max() < 0.05 * halved, name
 
 
 def test_adapters_by_two_workers_are_those_of_one_bit_for_bit(two: Path, tmp_path: Path) -> None:
