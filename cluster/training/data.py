@@ -11,7 +11,7 @@ for the base alone.
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +55,9 @@ class DataSet:
     left_out: str = ""
     """A sentence on the rows that were bad and are not here; empty where all were good."""
     base_tables: tuple[Table, ...] = ()
-    """Where rows for the base alone are."""
+    """Where rows for the base alone are. Tables of texts have not been looked at yet."""
     bad_rows: BadRowSettings = _LIMITS
-    """What those were read with."""
+    """How those are to be read."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -65,13 +65,23 @@ class DataSet:
         named = {row.domain for rows in self.splits.values() for row in rows}
         return tuple(sorted(named - {NONE_DOMAIN}))
 
-    def base_rows(self, split: str) -> Iterator[Row]:
-        """The good rows for the base alone, read as they are asked for."""
-        reader = RowReader(self.bad_rows)
+    def base_rows(self, split: str, say: Callable[[str], None] | None = None) -> Iterator[Row]:
+        """The good rows for the base alone, read as they are asked for.
+
+        Whoever reads them all learns through `say` which texts were left out, or gets `InvalidData` where more are bad
+        than may be.
+        """
+        texts, others = RowReader(self.bad_rows), RowReader(self.bad_rows)
         for table in self.base_tables:
-            for of_split, row in _rows(table, reader):
+            columns = table.columns()
+            if table.split not in (None, split) and "split" not in columns:
+                continue
+            for of_split, row in _rows(table, texts if _are_texts(columns) else others):
                 if (of_split, row.domain) == (split, BASE_DOMAIN):
                     yield row
+        texts.check()
+        if say is not None and texts.left_out:
+            say(texts.left_out)
 
     def rows(self, split: str, domain: str | None = None, limit: int | None = None) -> list[Row]:
         """Rows of a split in file order, of one domain if named, the first `limit` of them."""
@@ -88,7 +98,7 @@ def stage_data(settings: StageSettings, run: Run) -> DataSet:
 
 
 def read_data(folder: Path, bad_rows: BadRowSettings | None = None) -> DataSet:
-    """Read every Parquet file below `folder`, without its bad rows.
+    """Read every Parquet file below `folder`, without its bad rows; of tables of texts the columns alone.
 
     Raises `InvalidData` naming the file and what is wrong in it, or the bad rows where there are more than may be.
     """
@@ -100,6 +110,10 @@ def read_data(folder: Path, bad_rows: BadRowSettings | None = None) -> DataSet:
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     base_tables: dict[Table, None] = {}
     for table in found:
+        if _are_texts(columns := table.columns()):
+            table.check_has(_required(table, columns))
+            base_tables[table] = None
+            continue
         for split, row in _rows(table, reader):
             if row.domain == BASE_DOMAIN:
                 base_tables[table] = None
@@ -115,14 +129,22 @@ def read_data(folder: Path, bad_rows: BadRowSettings | None = None) -> DataSet:
     return data
 
 
+def _are_texts(columns: Sequence[str]) -> bool:
+    """Whether a table is of texts for the base alone."""
+    return "text" in columns and not {"prompt", "response"} & set(columns)
+
+
+def _required(table: Table, columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns that it must have, given those that it has."""
+    required = ("text",) if _are_texts(columns) else _COLUMNS[:-1]
+    return (*required, "split") if table.split is None or "split" in columns else required
+
+
 def _rows(table: Table, reader: RowReader) -> Iterator[tuple[str, Row]]:
     """The good rows, each with its split."""
     columns = table.columns()
-    is_text = "text" in columns and not {"prompt", "response"} & set(columns)
-    required = ("text",) if is_text else _COLUMNS[:-1]
-    if table.split is None or "split" in columns:
-        required = (*required, "split")
-    for index, record in reader.records(table, required, () if is_text else _OPTIONAL_COLUMNS):
+    is_text = _are_texts(columns)
+    for index, record in reader.records(table, _required(table, columns), () if is_text else _OPTIONAL_COLUMNS):
         split = record.get("split", table.split or "")
         check_split(split, index, table.path)
         if is_text:

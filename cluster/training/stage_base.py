@@ -7,7 +7,7 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +66,8 @@ def train_base(settings: StageSettings, run: Run) -> None:
     settings.root.mkdir(parents=True, exist_ok=True)
     # Without a name: nothing is left of it where this process is killed.
     with tempfile.TemporaryFile(dir=settings.root) as file:
-        corpus = encode_corpus(tokenizer, _rows(data, "train", settings), base.max_tokens)
+        say = run.say if run.workers.is_first else None
+        corpus = encode_corpus(tokenizer, _rows(data, "train", settings, say), base.max_tokens)
         examples = StoredExamples(file, corpus)
         dtype = dtype_for(recipe.dtype, run.workers.device)
         fit_base(model, examples, base, recipe.seed, recipe.checkpoint_every_steps, run, dtype)
@@ -83,9 +84,11 @@ def train_base(settings: StageSettings, run: Run) -> None:
     run.say(f"published base {version} ({mark}): validation {bits:.3f} bits per byte of the answers")
 
 
-def _rows(data: DataSet, split: str, settings: StageSettings) -> Iterator[Row]:
+def _rows(
+    data: DataSet, split: str, settings: StageSettings, say: Callable[[str], None] | None = None
+) -> Iterator[Row]:
     yield from data.rows(split, NONE_DOMAIN)
-    yield from data.base_rows(split)
+    yield from data.base_rows(split, say)
     if not settings.recipe.base.general_only:
         limit = settings.recipe.train_rows_per_domain if split == "train" else settings.recipe.val_rows_per_domain
         for domain in data.domains:

@@ -45,6 +45,15 @@ class Table:
                 return tuple(pq.ParquetFile(self.path).schema_arrow.names)
             return tuple(self._saved().column_names)
 
+    def check_has(self, required: Sequence[str]) -> None:
+        """Raise `InvalidData` unless it has these columns."""
+        present = self.columns()
+        if missing := [column for column in required if column not in present]:
+            raise InvalidData(
+                f"{self.path.name} lacks the column {missing[0]!r}; it has {', '.join(sorted(present))}, "
+                f"expected {', '.join(required)}."
+            )
+
     def parts(self, columns: Sequence[str]) -> Iterator[dict[str, list[str | bytes | None]]]:
         """Some rows of the columns at a time; no UTF-8 stays bytes. Raises `InvalidData` where there are no texts."""
         with self._readable():
@@ -99,13 +108,8 @@ class RowReader:
 
         Raises `InvalidData` for a table that lacks a column, or cannot be read.
         """
-        present = table.columns()
-        if missing := [column for column in required if column not in present]:
-            raise InvalidData(
-                f"{table.path.name} lacks the column {missing[0]!r}; it has {', '.join(sorted(present))}, "
-                f"expected {', '.join(required)}."
-            )
-        columns = [*required, *(column for column in optional if column in present)]
+        table.check_has(required)
+        columns = [*required, *(column for column in optional if column in table.columns())]
         rows = (values for part in table.parts(columns) for values in zip(*part.values(), strict=True))
         for index, values in enumerate(rows):
             self._num_rows += 1

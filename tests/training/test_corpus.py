@@ -19,6 +19,7 @@ from tests.training.rows import COLUMNS, nano_tokenizer, some_examples, write_pa
 from tests.training.runs import FolderRun
 
 TOKENIZER = nano_tokenizer()
+SMALL = Recipe(base=BaseSettings(size="nano", num_steps=2, tokens_per_batch=256, max_tokens=64))
 TEXTS = [f"text number {number} " + "of words " * number for number in range(60)]
 
 
@@ -109,11 +110,29 @@ def test_a_corpus_is_read_part_by_part(tmp_path: Path) -> None:
     assert most_bytes < num_bytes / 4
 
 
+def test_texts_are_looked_at_once_by_the_stage_that_learns_from_them(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "train.parquet"
+    pq.write_table(pa.table({"text": [*TEXTS, " ", None]}), file)
+    write_parquet(tmp_path / "data")
+    said: list[str] = []
+    data = read_data(tmp_path / "data")
+    assert data.left_out == "", "other stages do not read them"
+    assert [row.response for row in data.base_rows("train", said.append)] == TEXTS
+    assert said == [
+        "left out 2 bad of 62 rows: row 60 of train.parquet has an empty text; row 61 of train.parquet has no text"
+    ]
+    pq.write_table(pa.table({"text": [*TEXTS, *[None] * 6]}), file)
+    settings = StageSettings(root=tmp_path / "root", data=tmp_path / "data", recipe=SMALL, name="test")
+    with pytest.raises(InvalidData, match="6 of 66 rows are bad, and at most 5 may be: row 60 of train"):
+        STAGES["base"](settings, FolderRun(tmp_path / "run"))
+    assert not (tmp_path / "root" / "base").exists()
+
+
 def test_the_base_learns_from_texts_alone_and_leaves_no_tokens_behind(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "data" / "train")
-    recipe = Recipe(base=BaseSettings(size="nano", num_steps=2, tokens_per_batch=256, max_tokens=64))
-    settings = StageSettings(root=tmp_path / "root", data=tmp_path / "data", recipe=recipe, name="test")
+    settings = StageSettings(root=tmp_path / "root", data=tmp_path / "data", recipe=SMALL, name="test")
     STAGES["base"](settings, FolderRun(tmp_path / "run"))
     assert (tmp_path / "root" / "base" / "1" / "model.safetensors").is_file()
     assert {file.name for file in (tmp_path / "root").iterdir()} == {"base", "catalog"}
