@@ -95,10 +95,12 @@ def serve(
 def train(
     stage: Annotated[str, typer.Argument(help="base, adapters, router, joint, or all of them: all.")],
     recipe: Annotated[
-        str | None, typer.Option(help="starter, open-domains or pretrained; with --base by default pretrained.")
+        str | None,
+        typer.Option(help="starter, trial, open-domains, many-tasks or pretrained; with --base by default pretrained."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Folder of Parquet files or saved data sets; the starter's by default.")
+        str | None,
+        typer.Option(help="Folder of Parquet files or saved data sets, or an id on the hub; the starter's by default."),
     ] = None,
     root: Annotated[
         str | None, typer.Option(help="Where to publish; by default artifacts/RECIPE, or artifacts/NAME of the base.")

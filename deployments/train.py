@@ -22,11 +22,12 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.config import Device, LiveDomainSettings, StageSettings
+from cluster.config import Device, LiveDomainSettings, StageSettings, is_hub_id
 from cluster.environment import ray_address
 from cluster.errors import InvalidInput, ZephyraError
 from cluster.training import DIVISIBLE, JOBS, ON_DEVICE, STAGES
 from cluster.training.disk import full_disk_told
+from cluster.training.hub_data import find_data
 from cluster.training.pipeline import data_of, live_recipe, run_all
 from cluster.training.recipes import recipe
 from cluster.training.tracking import FOLDER, EventLog
@@ -150,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = parser().parse_args(arguments)
     try:
-        settings = _settings(options)
+        settings = settings_of(options)
         with named_run(options.run_name, settings) as run:
             _refuse_finished(options.stage, options.run_name, run)
             ray.init(address=ray_address() or "local", ignore_reinit_error=True)
@@ -191,7 +192,11 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(prog="python -m deployments.train", description=__doc__)
     command.add_argument("stage", choices=[*JOBS, "all"])
     command.add_argument("--root", required=True, help="absolute folder or mount that holds the artifacts")
-    command.add_argument("--data", required=True, help="absolute folder of tables; a Parquet file will do for a domain")
+    command.add_argument(
+        "--data",
+        required=True,
+        help="absolute folder of tables, or a data set's id on the hub; a Parquet file will do for a domain",
+    )
     command.add_argument("--recipe", help="by default the starter's, and for stage domain the one of the root")
     command.add_argument("--domain", help="the name of the domain that stage domain trains")
     command.add_argument(
@@ -209,16 +214,17 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def _settings(options: argparse.Namespace) -> StageSettings:
+def settings_of(options: argparse.Namespace) -> StageSettings:
+    """What the stages are run with. Raises `InvalidInput`, and `InvalidData` for data that cannot be had."""
     if (options.domain is None) == (options.stage == "domain"):
         raise InvalidInput("--domain and stage 'domain' go together; give both or neither.")
     root = Path(options.root)
     name = options.recipe or (live_recipe(root) if options.domain else "starter")
     live = None if options.domain is None else LiveDomainSettings(domain=options.domain, others=data_of(root))
+    # Where the working folder is a temporary copy, a relative path means nothing, but for an id on the hub.
+    data = find_data(options.data) if is_hub_id(options.data) else options.data
     try:
-        return StageSettings(
-            root=options.root, data=options.data, recipe=recipe(name), name=name, base=options.base, live=live
-        )
+        return StageSettings(root=options.root, data=data, recipe=recipe(name), name=name, base=options.base, live=live)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise InvalidInput(f"--{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}.") from None

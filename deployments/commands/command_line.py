@@ -50,12 +50,13 @@ def root_or_bucket(root: str | None) -> Root:
 
 def root_and_data(root: str | None, data: str | None) -> tuple[Path, Path]:
     """The system to measure and the data to measure it on; either is found by the other when only one is named."""
+    from cluster.training.hub_data import find_data
     from cluster.training.pipeline import data_of, root_trained_on
 
     place = root_of(root)
     if data is not None and root is None:
-        place = root_trained_on(Path(data).resolve()) or place
-    folder = Path(data).resolve() if data is not None else data_of(place)
+        place = root_trained_on(find_data(data)) or place
+    folder = find_data(data) if data is not None else data_of(place)
     if folder is None:
         raise StageOrder(f"{place} holds no trained system; run `zephyra train all` first, or name another --root.")
     return place, folder
@@ -68,13 +69,14 @@ def stage_settings(
 
     With a base to take over, the recipe is the one for such and the root is named after it, unless these are given.
     """
+    from cluster.training.hub_data import find_data
     from cluster.training.recipes import recipe
 
     recipe_name = recipe_name or (STARTER if base is None else PRETRAINED)
     chosen = recipe(recipe_name)
     if data is None and recipe_name not in (STARTER, PRETRAINED):
         raise InvalidInput(f"Recipe {recipe_name!r} needs --data: a folder of Parquet files.")
-    folder = absolute(STARTER_DATA) if data is None else Path(data).resolve()
+    folder = absolute(STARTER_DATA) if data is None else find_data(data)
     if data is None and not folder.is_dir():
         from cluster.training.starter.generate import generate_starter
 

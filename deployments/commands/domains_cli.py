@@ -93,6 +93,7 @@ def train(
 ) -> None:
     """Train a domain from raw data while the system serves; published only if what is held out speaks for it."""
     from cluster.config import LiveDomainSettings, StageSettings
+    from cluster.training.hub_data import find_data
     from cluster.training.pipeline import data_of, live_recipe
     from cluster.training.recipes import recipe as recipe_named
 
@@ -102,9 +103,7 @@ def train(
         live = LiveDomainSettings(
             domain=name, others=data_of(place), least_recall=least_recall, epsilon=epsilon, held_out_share=hold_out
         )
-        settings = StageSettings(
-            root=place, data=Path(data).resolve(), recipe=recipe_named(chosen), name=chosen, live=live
-        )
+        settings = StageSettings(root=place, data=find_data(data), recipe=recipe_named(chosen), name=chosen, live=live)
         run_stage("domain", settings, device)
 
 
