@@ -37,8 +37,8 @@ def _hub_folder(repository: str) -> Path:
                 return folder
     raise InvalidData(
         f"There is no folder {repository!r}, and as a data set on the Hugging Face hub it is neither in the local "
-        f"cache nor to be had now ({reason}); check its name, log in by `hf auth login` if it is gated, or run `hf download "
-        f"--repo-type dataset {repository}` where there is a network and copy the folder here."
+        f"cache nor to be had now ({reason}); check its name, log in by `hf auth login` if it is gated, or run "
+        f"`hf download --repo-type dataset {repository}` where there is a network and copy the folder here."
     )
 
 

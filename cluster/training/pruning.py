@@ -65,7 +65,8 @@ class Step:
     into: str | None
     """The domain that it was combined with; None where it was dropped."""
     cost: float
-    """Nats per token that all rows together lose by it, on average."""
+    """What it adds to the domains' losses, each as a share of what it was before all steps, on the mean of the domains:
+    routing mass times ablation regret, where one-word answers count as much as long ones."""
     worst_domain: str
     worst_change: float
     """The rise of that domain's loss over what it was before all steps, as a share."""
@@ -141,7 +142,10 @@ def prune(settings: PruneSettings, run: Run) -> Pruning:
 
 class _Pruner:
     def __init__(self, settings: PruneSettings, state: CatalogState, rows: Sequence[Row], run: Run) -> None:
+        """`rows` of one domain stand together."""
         self._settings, self._state, self._rows, self._run = settings, state, rows, run
+        names = [row.domain for row in rows]
+        self._own = {n: slice(names.index(n), names.index(n) + names.count(n)) for n in dict.fromkeys(names)}
         base = published_base(settings.root, state)
         self._losses = MixtureLosses(base, settings.max_tokens)
         router = published_router(settings.root, state)
@@ -161,6 +165,11 @@ class _Pruner:
         nats_M, self._tokens_M = self._losses.of_rows(rows, library.mixtures(weights))
         self._now = _Measured(library, weights, nats_M)
         self._before = self._by_domain(nats_M)
+        # So that nats times these are each domain's loss as a share of what it was, divided by the number of domains.
+        self._shares_M = torch.empty_like(nats_M)
+        for name, own in self._own.items():
+            tokens = int(self._tokens_M[own].sum())
+            self._shares_M[own] = 1 / (max(self._before[name], 1e-9) * tokens * len(self._own))
         self._masses = self._mass(weights)
 
     def propose(self) -> Pruning:
@@ -254,7 +263,7 @@ class _Pruner:
         return after
 
     def _cost(self, tried: _Measured) -> float:
-        return float((tried.nats_M - self._now.nats_M).sum()) / int(self._tokens_M.sum())
+        return float((tried.nats_M - self._now.nats_M) @ self._shares_M)
 
     def _judged(self, action: _Action, tried: _Measured, cost: float) -> Step:
         after = self._by_domain(tried.nats_M)
@@ -298,12 +307,7 @@ class _Pruner:
 
     def _by_domain(self, nats_M: Tensor) -> dict[str, float]:
         """Nats per token of each domain's rows."""
-        names = [row.domain for row in self._rows]
-        losses = {}
-        for name in dict.fromkeys(names):
-            own_M = torch.tensor([other == name for other in names])
-            losses[name] = float(nats_M[own_M].sum()) / int(self._tokens_M[own_M].sum())
-        return losses
+        return {n: float(nats_M[own].sum()) / int(self._tokens_M[own].sum()) for n, own in self._own.items()}
 
     def _proposal(self, uses: dict[str, Use], steps: tuple[Step, ...]) -> Pruning:
         answers = self._now.library.answers

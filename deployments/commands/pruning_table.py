@@ -27,7 +27,7 @@ def print_pruning(report: PruneReport, console: Console) -> None:
             "drop" if step.into is None else f"combine with {step.into}",
             "" if use is None else f"{use.mass:.4f}",
             "" if use is None else f"{use.ablation_regret:.4f}",
-            f"{step.cost:+.5f}",
+            f"{step.cost:+.3%}",
             step.worst_domain,
             f"{step.worst_change:+.2%}",
             "[green]done[/]" if step.accepted else "[red]taken back[/]",

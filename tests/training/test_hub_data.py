@@ -74,7 +74,7 @@ def test_a_folder_is_a_folder_though_it_reads_as_an_id(
 
 def test_what_cannot_be_had_says_what_to_do(cache: Path) -> None:
     with pytest.raises(
-        InvalidData, match="no folder 'somebody/else'.*hf download --repo-type dataset somebody/else` wh"
+        InvalidData, match=r"no folder 'somebody/else'.*hf download --repo-type dataset somebody/else` wh"
     ):
         find_data("somebody/else")
     publish(cache, "somebody/csv", "main", "train.csv")

@@ -5,6 +5,7 @@ says of its cost is what an evaluation of the pruned system finds.
 import itertools
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from cluster.messages import AdapterRef
 from cluster.router.policy import Policy
 from cluster.training import pruning_report
 from cluster.training.artifacts import published_adapter, published_router
-from cluster.training.data import Row, encode
+from cluster.training.data import Row, encode, read_data
 from cluster.training.evaluation import EvaluationSettings, evaluate
 from cluster.training.pruning import PruneSettings, Pruning, prune
 from cluster.training.pruning_report import apply, write_proposal
@@ -131,6 +132,23 @@ def test_what_costs_a_domain_too_much_is_taken_back(root: Path, data: Path, tmp_
     assert all(step.accepted == (step.worst_change <= 0) for step in report.steps)
     assert max(report.changes().values()) <= 1e-12 or report.num_kept == report.num_adapters
     assert report.num_kept == 3 - sum(step.accepted for step in report.steps)
+
+
+def test_what_steps_cost_adds_up_to_the_mean_of_what_the_domains_lose(root: Path, data: Path, tmp_path: Path) -> None:
+    # Answers of one word and of thirty: neither counts more.
+    rows = read_data(data)
+    columns: dict[str, list[str]] = {"domain": [], "prompt": [], "response": [], "split": []}
+    for row in rows.rows("val"):
+        answer = "yes" if row.domain == "law" else "an answer that is long enough " * 5
+        for name, value in zip(columns, (row.domain, row.prompt, answer, "val"), strict=True):
+            columns[name].append(value)
+    train = {name: values * 2 for name, values in columns.items()}
+    train["split"] = ["train"] * len(rows.rows("val")) + ["val"] * len(rows.rows("val"))
+    report = proposed(root, write_parquet(data, **train), tmp_path, keep=1, epsilon=10.0, least_similarity=0.9).report
+    assert report.num_kept == 1
+    costs = [step.cost for step in report.steps if step.accepted]
+    assert sum(costs) == pytest.approx(fmean(report.changes().values()), rel=1e-6)
+    assert max(map(abs, costs)) > 1e-4
 
 
 def test_what_is_never_asked_is_dropped_for_nothing(root: Path, data: Path, tmp_path: Path) -> None:
