@@ -75,8 +75,9 @@ QUICK = Effort(
 class Bench:
     """The data as token ids, a base that knows a little of them, and how much is to be done."""
 
-    def __init__(self, data: Path, effort: Effort, console: Console) -> None:
-        self.data = data
+    def __init__(self, data: Path, roots: Path, effort: Effort, console: Console) -> None:
+        """`roots`: where whole systems are trained, or have been before."""
+        self.data, self.roots = data, roots
         content = read_data(data)
         rows = {domain: content.rows("train", domain, effort.rows_per_domain) for domain in content.domains}
         texts = [text for some in rows.values() for row in some for text in (row.prompt, row.response)]
@@ -157,6 +158,42 @@ class Bench:
             "onepass_loss_gap": Measurement((gap,)),
         }
 
+    def bfloat16(self) -> Measurements:
+        """Layers that multiply bfloat16 over those that multiply float32, by seconds, and what it does to the losses.
+
+        Adapters are measured over the float32 base in either case, and the base by all validation rows.
+        """
+        start, narrow = self.base(), self.base()
+        narrow = replace(narrow, model=copy.deepcopy(narrow.model).to(torch.bfloat16))  # type: ignore[arg-type]
+        fitted: dict[str, dict[str, AdapterWeights]] = {}
+        bases: dict[str, PreTrainedModel] = {}
+
+        def fit_base_in(name: str, dtype: torch.dtype) -> float:
+            bases[name] = copy.deepcopy(self.start)
+            return _seconds(lambda: self._fit_base(bases[name], dtype=dtype))
+
+        seconds = self._in_turn(
+            {
+                "adapters, float32": lambda: _seconds(lambda: fitted.update(wide=self._fit_adapters(start))),
+                "adapters, bfloat16": lambda: _seconds(lambda: fitted.update(narrow=self._fit_adapters(narrow))),
+                "base, float32": lambda: fit_base_in("wide", torch.float32),
+                "base, bfloat16": lambda: fit_base_in("narrow", torch.bfloat16),
+            }
+        )
+        one, other = (mean_losses(start, fitted[name], self.val) for name in ("narrow", "wide"))
+        of_bases = {n: mean_losses(replace(start, model=m), {}, self.val) for n, m in bases.items()}
+        base_gap = sum(of_bases["narrow"].values()) / sum(of_bases["wide"].values()) - 1
+        return {
+            "bfloat16_adapters_over_float32": Measurement(
+                paired_ratios(seconds["adapters, float32"], seconds["adapters, bfloat16"])
+            ),
+            "bfloat16_adapters_loss_gap": Measurement((max(abs(one[d] / other[d] - 1) for d in one),)),
+            "bfloat16_pretraining_over_float32": Measurement(
+                paired_ratios(seconds["base, float32"], seconds["base, bfloat16"])
+            ),
+            "bfloat16_pretraining_loss_gap": Measurement((base_gap,)),
+        }
+
     def resuming(self) -> Measurements:
         """1 if base and adapters that were stopped halfway and resumed equal the unbroken ones bit for bit."""
         whole, broken = copy.deepcopy(self.start), copy.deepcopy(self.start)
@@ -178,18 +215,22 @@ class Bench:
 
     def open_domains(self) -> Measurements:
         """Every stage on the open domains."""
-        return open_domains(self.data, self.effort.is_quick, torch.get_num_threads(), self.console)
+        folder = self.roots / "open_domains"
+        return open_domains(self.data, folder, self.effort.is_quick, torch.get_num_threads(), self.console)
 
     def many_tasks(self) -> Measurements:
         """Every stage on the small tasks, whose folder lies beside that of the open domains."""
-        return many_tasks(_tasks_beside(self.data), self.effort.is_quick, torch.get_num_threads(), self.console)
+        tasks, folder = _tasks_beside(self.data), self.roots / "manytask"
+        return many_tasks(tasks, folder, self.effort.is_quick, torch.get_num_threads(), self.console)
 
     def _all_examples(self) -> list[Example]:
         return [example for examples in self.train.values() for example in examples]
 
-    def _fit_base(self, model: PreTrainedModel, run: "QuietRun | None" = None) -> None:
+    def _fit_base(
+        self, model: PreTrainedModel, run: "QuietRun | None" = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         every = _NEVER if run is None else max(1, self.effort.base.num_steps // 2)
-        fit_base(model, self._all_examples(), self.effort.base, 0, every, run or QuietRun())
+        fit_base(model, self._all_examples(), self.effort.base, 0, every, run or QuietRun(), dtype)
 
     def _fit_adapters(self, base: Base, run: "QuietRun | None" = None) -> dict[str, AdapterWeights]:
         every = _NEVER if run is None else max(1, self.effort.adapters.num_steps // 2)
@@ -286,6 +327,7 @@ class Scenario:
 SCENARIOS = {
     "pretraining": Scenario(Bench.pretraining, "tokens/s of stage 1 beside the transformers Trainer's"),
     "adapters": Scenario(Bench.adapters, "tokens/s and losses of all adapters in one pass beside PEFT's"),
+    "bfloat16": Scenario(Bench.bfloat16, "layers that multiply bfloat16 over float32: seconds, losses"),
     "resuming": Scenario(Bench.resuming, "stopped and resumed against unbroken, bit for bit"),
     "workers": Scenario(Bench.workers, "two workers against one: seconds, losses, weights"),
     "open_domains": Scenario(Bench.open_domains, "13 real domains, trained in one job: table, what routing costs"),
@@ -300,10 +342,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, help=f"of the base ({Effort().size})")
     parser.add_argument("--threads", type=int, default=num_cores(), help="all cores by default")
     parser.add_argument("--rounds", type=int, help=f"repeats of each run ({Effort().rounds})")
+    parser.add_argument("--roots", type=Path, help="where whole systems are kept for the next time")
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny base, to see that it works")
     options = parser.parse_args(arguments)
     errors = Console(stderr=True)
-    with ended_well(errors):
+    with ended_well(errors), tempfile.TemporaryDirectory() as temporary:
         check_options(options, positive=("threads", "rounds"), files=())
         torch.set_num_threads(options.threads)
         transformers_logging.set_verbosity_error()
@@ -312,7 +355,8 @@ def main(arguments: list[str] | None = None) -> None:
         names = options.only or list(SCENARIOS)
         if "manytask" in names:  # an hour before it would be read
             read_tasks(_tasks_beside(options.data.resolve()))
-        bench = Bench(options.data.resolve(), replace(QUICK if options.quick else Effort(), **given), errors)
+        roots = (options.roots or Path(temporary)).resolve()
+        bench = Bench(options.data.resolve(), roots, replace(QUICK if options.quick else Effort(), **given), errors)
         figures: Measurements = {}
         for name in names:
             measured = SCENARIOS[name].measure(bench)

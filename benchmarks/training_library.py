@@ -4,6 +4,7 @@ The test split is read once everything is trained, and the validation split deci
 """
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from cluster.training.data import encode, read_data
 from cluster.training.evaluation import EvaluationSettings, Report, evaluate
 from cluster.training.mixture_losses import MixtureLosses, mixture_of
 from cluster.training.one_pass import mean_losses
+from cluster.training.pipeline import is_trained
 from cluster.training.pruning import PruneSettings, prune
 from cluster.training.pruning_report import apply
 from cluster.training.recipes import recipe
@@ -56,11 +58,16 @@ class Amount:
 
 
 class Trained:
-    """A system that one job trained on a table of rows, in a folder of its own."""
+    """A system that one job trained on a table of rows, in a folder of its own; or has trained there before."""
 
     def __init__(self, table: pa.Table, amount: Amount, folder: Path, num_cpus: int, console: Console) -> None:
         self.root, self.data, self.amount, self._console = folder / "root", folder / "data", amount, console
-        self.data.mkdir(parents=True)
+        self.seconds: float | None = None
+        """What training took; None where it was done before."""
+        if is_trained(self.root):
+            console.print(f"trained before: {self.root}", highlight=False)
+            return
+        self.data.mkdir(parents=True, exist_ok=True)
         pq.write_table(_cut(table, amount), self.data / "rows.parquet")
         command = (sys.executable, "-m", "deployments.train", "all", "--recipe", amount.recipe)
         where = ("--root", str(self.root), "--data", str(self.data), "--cpus", str(num_cpus))
@@ -124,14 +131,18 @@ class Trained:
     def prune_to_half(self) -> Measurements:
         """What half the adapters cost: the rise of the routed test losses as a share, on average and at the most.
 
-        Of all domains, also those that no adapter answers for any more. Chosen by the validation split, and published.
+        Of all domains, also those that no adapter answers for any more. Chosen by the validation split, and published,
+        in a copy.
         """
         num = len(Catalog(self.root).load().adapters)
         since = time.perf_counter()
-        before = self._routed_losses()
-        proposal = prune(PruneSettings(self.root, self.data, keep=num - num // 2, epsilon=1e9), QuietRun())
-        apply(self.root, proposal)
-        after = self._routed_losses()
+        before = self._routed_losses(self.root)
+        with tempfile.TemporaryDirectory(dir=self.root.parent) as folder:
+            root = Path(folder) / "root"
+            shutil.copytree(self.root, root)
+            proposal = prune(PruneSettings(root, self.data, keep=num - num // 2, epsilon=1e9), QuietRun())
+            apply(root, proposal)
+            after = self._routed_losses(root)
         changes = {domain: after[domain] / before[domain] - 1 for domain in before}
         worst = max(changes, key=changes.__getitem__)
         accepted = [step for step in proposal.report.steps if step.accepted]
@@ -148,13 +159,13 @@ class Trained:
             "prune_half_worst_change": Measurement((changes[worst],)),
         }
 
-    def _routed_losses(self) -> dict[str, float]:
+    def _routed_losses(self, root: Path) -> dict[str, float]:
         """Nats per token of each domain's test rows, through what the router chooses."""
-        data, state = read_data(self.data), Catalog(self.root).load()
+        data, state = read_data(self.data), Catalog(root).load()
         refs = {name: state.ref(name) for name in (*state.adapters, *state.aliases)}
-        router = published_router(self.root, state)
-        losses = MixtureLosses(published_base(self.root, state), max_tokens=384)
-        losses.adapters.update({ref: published_adapter(self.root, ref) for ref in set(refs.values())})
+        router = published_router(root, state)
+        losses = MixtureLosses(published_base(root, state), max_tokens=384)
+        losses.adapters.update({ref: published_adapter(root, ref) for ref in set(refs.values())})
         found = {}
         for domain in data.domains:
             rows = data.rows("test", domain, self.amount.test_rows)
@@ -163,32 +174,30 @@ class Trained:
         return found
 
 
-def open_domains(data: Path, quick: bool, num_cpus: int, console: Console) -> Measurements:
-    """The 13 open domains: their table, and what the joint stage changed."""
+def open_domains(data: Path, folder: Path, quick: bool, num_cpus: int, console: Console) -> Measurements:
+    """The 13 open domains: their table, and what the joint stage changed. Trained in `folder`."""
     amount = Amount("trial", 4, 300, 8, 4) if quick else Amount("open-domains")
-    with tempfile.TemporaryDirectory() as folder:
-        trained = Trained(_read(sorted(data.glob("*.parquet"))), amount, Path(folder), num_cpus, console)
-        report = trained.evaluate()
-        print_report(report, console)
-        changes = trained.joint_changes()
-        console.print(
-            f"joint stage, change of validation loss: {', '.join(f'{d} {c:+.2%}' for d, c in changes.items())}",
-            highlight=False,
-        )
-        worst = max(changes.values(), default=0.0)
-        return {**_figures(report), "joint_worst_domain_change": Measurement((worst,)), **_seconds(trained)}
+    trained = Trained(_read(sorted(data.glob("*.parquet"))), amount, folder, num_cpus, console)
+    report = trained.evaluate()
+    print_report(report, console)
+    changes = trained.joint_changes()
+    console.print(
+        f"joint stage, change of validation loss: {', '.join(f'{d} {c:+.2%}' for d, c in changes.items())}",
+        highlight=False,
+    )
+    worst = max(changes.values(), default=0.0)
+    return {**_figures(report), "joint_worst_domain_change": Measurement((worst,)), **_seconds(trained)}
 
 
-def many_tasks(data: Path, quick: bool, num_cpus: int, console: Console) -> Measurements:
-    """The 275 tasks: the same table by family, served from four shards, and pruned to half."""
+def many_tasks(data: Path, folder: Path, quick: bool, num_cpus: int, console: Console) -> Measurements:
+    """The 275 tasks: the same table by family, served from four shards, and pruned to half. Trained in `folder`."""
     amount = Amount("trial", 8, 80, 8, 4) if quick else Amount("many-tasks", test_rows=20, worst_rows=4)
-    with tempfile.TemporaryDirectory() as folder:
-        table, families = read_tasks(data)
-        trained = Trained(table, amount, Path(folder), num_cpus, console)
-        report = trained.evaluate()
-        console.print(_by_family(report, families))
-        figures = {**_figures(report), **trained.serve(), **_seconds(trained)}
-        return {**{f"manytask_{name}": one for name, one in figures.items()}, **trained.prune_to_half()}
+    table, families = read_tasks(data)
+    trained = Trained(table, amount, folder, num_cpus, console)
+    report = trained.evaluate()
+    console.print(_by_family(report, families))
+    figures = {**_figures(report), **trained.serve(), **_seconds(trained)}
+    return {**{f"manytask_{name}": one for name, one in figures.items()}, **trained.prune_to_half()}
 
 
 def _figures(report: Report) -> Measurements:
@@ -204,7 +213,7 @@ def _figures(report: Report) -> Measurements:
 
 
 def _seconds(trained: Trained) -> Measurements:
-    return {"train_s": Measurement((trained.seconds,))}
+    return {} if trained.seconds is None else {"train_s": Measurement((trained.seconds,))}
 
 
 def _by_family(report: Report, families: Mapping[str, str]) -> Table:
