@@ -37,7 +37,6 @@ from cluster.training.pipeline import is_trained
 from cluster.training.pruning import PruneSettings, prune
 from cluster.training.pruning_report import apply
 from cluster.training.recipes import recipe
-from cluster.training.stage_router import chosen_domain
 from deployments.commands.report import print_report
 
 _COLUMNS = ("domain", "prompt", "response", "split", "prompt_bare")
@@ -115,14 +114,14 @@ class Trained:
             for row, decision in zip(rows, decisions, strict=True):
                 answer = client.post("/v1/completions", json={"prompt": row.prompt, "max_tokens": 8})
                 answer.raise_for_status()
-                weights: dict[str, float] = answer.json()["zephyra"]["mixture"]
-                heaviest = max(weights, key=lambda ref: weights[ref], default="none").partition("@")[0]
-                found += heaviest == row.domain
-                same += heaviest == chosen_domain(decision)
+                served = answer.json()["zephyra"]["mixture"]
+                weights = {ref.partition("@")[0]: weight for ref, weight in served.items()}
+                found += max(weights, key=lambda name: weights[name], default="none") == row.domain
+                same += weights == decision.weights
             seconds = time.perf_counter() - since
         self._console.print(
             f"served from {_NUM_SHARDS} shards: {len(rows)} prompts, one of each domain, one after the other in "
-            f"{seconds:.0f} s; {found} found their domain, {same} went where the router sends them",
+            f"{seconds:.0f} s; {found} found their domain, {same} had the very mixture that the router gives them",
             highlight=False,
         )
         shares = {"served_right": found / len(rows), "served_as_routed": same / len(rows)}
