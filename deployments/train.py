@@ -32,17 +32,26 @@ from cluster.training.pipeline import data_of, live_recipe, run_all
 from cluster.training.recipes import recipe
 from cluster.training.tracking import FOLDER, EventLog
 from cluster.training.workers import Workers
+from deployments.monitoring.metrics import TRAINING_LOSS, TRAINING_SPEED, TRAINING_STEP, RaySink, Sink
 from deployments.run_names import NamedRun, named_run
 
 _REPORT_EVERY_S = 5.0
+
+_EXPORTED = {
+    "step": TRAINING_STEP,
+    "loss": TRAINING_LOSS,
+    "tokens/s": TRAINING_SPEED,
+    "prompts/s": TRAINING_SPEED,
+}
+"""What a stage reports, and what the dashboard knows it as."""
 
 
 class TrainRun:
     """A stage inside a Ray Train worker: one line of progress now and then, checkpoints kept by Ray Train."""
 
-    def __init__(self, stage: str, events: EventLog, workers: Workers) -> None:
+    def __init__(self, stage: str, run_name: str, events: EventLog, workers: Workers, sink: Sink) -> None:
         self.workers = workers
-        self._stage, self._events = stage, events
+        self._stage, self._run_name, self._events, self._sink = stage, run_name, events, sink
         self._title, self._num_steps = "", 0
         self._started_s = self._reported_s = time.monotonic()
         self._metrics: dict[str, float] = {}
@@ -54,6 +63,9 @@ class TrainRun:
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         self._metrics = {"step": step, **metrics}
         self._events.report(step, metrics)
+        if self.workers.is_first:
+            for name, value in self._metrics.items():
+                self._sink.record(_EXPORTED[name], value, stage=self._stage, run=self._run_name)
         now = time.monotonic()
         if now - self._reported_s < _REPORT_EVERY_S and step != self._num_steps:
             return
@@ -93,7 +105,7 @@ def _train(config: dict[str, Any]) -> str | None:
         workers = Workers(context.get_world_rank(), context.get_world_size(), config["shards_base"], device)
         curves = f"{stage}-{settings.mark}" if workers.is_first else f"{stage}-{settings.mark}-{workers.rank}"
         with closing(EventLog(settings.root / FOLDER / curves)) as events:
-            run = TrainRun(stage, events, workers)
+            run = TrainRun(stage, config["run_name"], events, workers, RaySink())
             with full_disk_told(settings.root, run):
                 JOBS[stage](settings, run)
     except ZephyraError as error:
@@ -127,6 +139,7 @@ def fit(
         train,
         train_loop_config={
             "stage": stage,
+            "run_name": run_name,
             "settings": settings.model_dump_json(),
             "shards_base": shards_base,
             "device": "cuda" if on_gpus else "cpu",

@@ -80,6 +80,9 @@ ADAPTER_BYTES = _gauge("adapter_bytes", "Bytes of the adapters in a base replica
 RUNNING = _gauge("sequences_running", "Sequences in a base replica's batch.")
 WAITING = _gauge("sequences_waiting", "Sequences in a base replica's queue.")
 KV_USED = _gauge("kv_used_share", "Share of a base replica's KV blocks that sequences hold.")
+TRAINING_STEP = _gauge("training_step", "Steps of a training stage that are done.", "stage", "run")
+TRAINING_LOSS = _gauge("training_loss", "Loss of a training stage's newest steps.", "stage", "run")
+TRAINING_SPEED = _gauge("training_per_second", "Tokens or prompts that a training stage learns from.", "stage", "run")
 
 METRICS = tuple(value for value in tuple(globals().values()) if isinstance(value, Metric))
 
