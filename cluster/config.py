@@ -172,7 +172,7 @@ class AdapterSettings(_Settings):
 
 
 class JointSettings(_Settings):
-    """Stage 4: adapters and router together, each prompt through its own soft mixture, the base frozen."""
+    """Stage 4: adapters and router together, each prompt through its own soft mixture; the base frozen, or nearly."""
 
     num_steps: int = Field(default=16, ge=0)
     """Optimizer steps; 0 leaves the stage out."""
@@ -184,12 +184,18 @@ class JointSettings(_Settings):
     """Peak rate for the adapters: a small part of stage 2's."""
     router_learning_rate: float = Field(default=1e-4, gt=0, le=1)
     """Peak rate for the router's encoder."""
+    base_learning_rate: float = Field(default=0.0, ge=0, le=1)
+    """Peak rate for the base, a hundredth of the adapters' or less; 0 leaves it frozen. Else base, adapters and router
+    are published in one generation."""
     router_loss_weight: float = Field(default=0.1, ge=0)
     """Weight of the router's labels beside the language-model loss."""
     epsilon: float = Field(default=0.005, ge=0)
     """The stage is dropped if some domain's validation loss rises by more than this share, and by `tolerance_nats`."""
     tolerance_nats: float = Field(default=0.02, ge=0)
     """Nats per token; where an adapter is nearly always right, a rise below this changes no answer."""
+    least_effective_share: float = Field(default=0.8, ge=0, le=1)
+    """The stage is dropped if the effective number of domains that prompts are sent to falls below this share of what
+    it was: the router then collapses onto few."""
 
 
 class BadRowSettings(_Settings):

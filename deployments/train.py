@@ -64,8 +64,8 @@ class TrainRun:
         self._metrics = {"step": step, **metrics}
         self._events.report(step, metrics)
         if self.workers.is_first:
-            for name, value in self._metrics.items():
-                self._sink.record(_EXPORTED[name], value, stage=self._stage, run=self._run_name)
+            for name in self._metrics.keys() & _EXPORTED.keys():
+                self._sink.record(_EXPORTED[name], self._metrics[name], stage=self._stage, run=self._run_name)
         now = time.monotonic()
         if now - self._reported_s < _REPORT_EVERY_S and step != self._num_steps:
             return

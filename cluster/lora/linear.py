@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.lora.delta import mask_columns, mixed_bottleneck
-from cluster.lora.weights import AdapterWeights, LinearLayer, adaptable_layers
+from cluster.lora.weights import AdapterWeights, LinearLayer, adaptable_layers, replace_layer
 from cluster.messages import AdapterRef, Mixture
 
 _KEPT_ARRANGEMENTS = 8
@@ -230,6 +230,5 @@ def attach_mixed_batch(model: nn.Module) -> MixedBatch:
     assert not any(isinstance(module, MixedLinear) for module in model.modules()), "a model has one mixed batch"
     batch = MixedBatch()
     for name, linear in adaptable_layers(model).items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, MixedLinear(name, linear, batch))
+        replace_layer(model, name, MixedLinear(name, linear, batch))
     return batch

@@ -96,3 +96,9 @@ def adaptable_layers(model: nn.Module) -> dict[str, LinearLayer]:
         for name, module in model.named_modules()
         if isinstance(module, LinearLayer) and any(part.isdecimal() for part in name.split("."))
     }
+
+
+def replace_layer(model: nn.Module, name: str, layer: object) -> None:
+    """Put `layer` where the module of this full name is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cluster.errors import InvalidInput
-from cluster.lora.weights import AdapterWeights, Factors, LinearLayer, adaptable_layers
+from cluster.lora.weights import AdapterWeights, Factors, LinearLayer, adaptable_layers, replace_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +188,11 @@ class GroupedAdapters:
         """The model's layers are these adapters' within, and its own again after."""
         try:
             for name, layer in self._layers.items():
-                _put(self._model, name, layer)
+                replace_layer(self._model, name, layer)
             yield
         finally:
             for name, layer in self._layers.items():
-                _put(self._model, name, layer.base)
+                replace_layer(self._model, name, layer.base)
 
     @contextmanager
     def rows(self, stretches: Sequence[Stretch]) -> Iterator[None]:
@@ -222,11 +222,6 @@ def _grouped(name: str, layer: LinearLayer, rows: _Rows, anchor: Tensor) -> _Gro
     if not isinstance(layer, nn.Linear):
         raise InvalidInput(f"The layer {name} of this base is a {type(layer).__name__}; train on the base's floats.")
     return _GroupedLinear(layer, rows, anchor)
-
-
-def _put(model: PreTrainedModel, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
 
 
 def _factors(numbers: Tensor, rank: int, num_inputs: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cluster.kernels import training as kernels
+from cluster.lora.weights import replace_layer
 from cluster.training.data import Example
 from cluster.training.documents import documents
 from cluster.training.grouped_lora import GroupedAdapters, Stretch
@@ -134,10 +135,8 @@ class OnePass:
                 stack.callback(setattr, layer, "mlp", feed_forward)
             for name, module in list(self._model.named_modules()):
                 if type(module) is nn.RMSNorm and module.elementwise_affine:
-                    parent, _, child = name.rpartition(".")
-                    owner = self._model.get_submodule(parent)
-                    setattr(owner, child, _FrozenNorm(module))
-                    stack.callback(setattr, owner, child, module)
+                    replace_layer(self._model, name, _FrozenNorm(module))
+                    stack.callback(replace_layer, self._model, name, module)
             yield
 
     def losses(self, batch: Pass) -> Tensor:

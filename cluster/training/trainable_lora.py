@@ -4,14 +4,15 @@ The forward pass is the one that serving uses, with gradients, which reach the w
 B sequences, N domains, T rows, I and O widths, R rank, C columns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cluster.lora.delta import mask_columns, mixed_delta
-from cluster.lora.weights import AdapterWeights, Factors, LinearLayer, adaptable_layers
+from cluster.lora.weights import AdapterWeights, Factors, LinearLayer, adaptable_layers, replace_layer
 
 
 class _LoraLinear(nn.Module):
@@ -45,17 +46,17 @@ class _LoraLinear(nn.Module):
 
 
 class TrainableAdapters:
-    """One adapter per domain, attached to `model` in place. Only the factors are trained."""
+    """One adapter per domain, attached to `model` in place. The factors are trained; the rest is left as it was."""
 
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, AdapterWeights]) -> None:
         self.domains = tuple(adapters)
+        self._model = model
         self._layers: dict[str, _LoraLinear] = {}
         for name, linear in adaptable_layers(model).items():
             every = enumerate(adapters.values())
             chosen = {index: weights.factors[name] for index, weights in every if name in weights.factors}
             self._layers[name] = _LoraLinear(linear, chosen, model.device)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, self._layers[name])
+            replace_layer(model, name, self._layers[name])
 
     def parameters(self, domain: str) -> dict[str, nn.Parameter]:
         """The factors of one domain, by name."""
@@ -64,6 +65,22 @@ class TrainableAdapters:
             for name, layer, place in self._of(domain)
             for side, factors in (("a", layer.a), ("b", layer.b))
         }
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """All of the model's parameters but the factors, by name."""
+        factors = {id(p) for layer in self._layers.values() for p in (*layer.a, *layer.b)}
+        return {name: p for name, p in self._model.named_parameters() if id(p) not in factors}
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Within, the model is the plain base."""
+        for name, layer in self._layers.items():
+            replace_layer(self._model, name, layer.base)
+        try:
+            yield
+        finally:
+            for name, layer in self._layers.items():
+                replace_layer(self._model, name, layer)
 
     def select(self, domain: str | None) -> None:
         """Send all rows of the next batches through this domain's adapter; None for the plain base."""

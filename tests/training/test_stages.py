@@ -1,6 +1,8 @@
 """The stages as a whole, on the starter's data and a recipe of a few steps: order, publishing, resuming."""
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,12 +18,15 @@ from cluster.config import (
     RouterSettings,
     StageSettings,
 )
-from cluster.errors import InvalidData, StageOrder
+from cluster.errors import CatalogConflict, InvalidData, StageOrder
 from cluster.lora.catalog import Catalog, Change
+from cluster.router.policy import Policy
 from cluster.router.sentence_encoder import SentenceEncoder
 from cluster.router.tiny_ada import TinyAda
-from cluster.training import STAGES
-from cluster.training.data import data_digest
+from cluster.training import STAGES, stage_joint
+from cluster.training.artifacts import published_adapter, published_base
+from cluster.training.data import data_digest, encode, read_data
+from cluster.training.one_pass import mean_losses
 from cluster.training.starter.generate import generate_starter
 from tests.router.small_bert import write_small_bert
 from tests.training.runs import FolderRun, Stopped
@@ -145,6 +150,90 @@ def test_a_joint_stage_leaves_alone_what_came_and_went_meanwhile(tmp_path: Path,
     STAGES["joint"](settings(root, data), Interrupted(tmp_path / "joint"))
     assert catalog.load().adapters == {**dict.fromkeys(trained[1:], 2), "live1": 1, "live2": 1}
     assert catalog.load().router == 2
+
+
+def _trained_for_joint(root: Path, data: Path, folder: Path) -> Path:
+    for name in ("base", "adapters", "router"):
+        STAGES[name](settings(root, data), FolderRun(folder / name))
+    return root
+
+
+def test_a_joint_stage_with_a_rate_for_the_base_publishes_all_in_one_generation(tmp_path: Path, data: Path) -> None:
+    root, rate = _trained_for_joint(tmp_path / "root", data, tmp_path), 1e-3
+    before = Catalog(root).load()
+    joint = RECIPE.joint.model_copy(update={"base_learning_rate": rate})
+    recipe = RECIPE.model_copy(update={"joint": joint})
+    run = FolderRun(tmp_path / "joint")
+    STAGES["joint"](settings(root, data, recipe), run)
+    state = Catalog(root).load()
+    assert state.generation == before.generation + 1
+    assert (state.base, state.router, set(state.adapters.values())) == (2, 2, {2})
+    assert state.adapters.keys() == before.adapters.keys()
+    base = published_base(root, state)
+    old = published_base(root, before)
+    moved = {name: (p - old.model.get_parameter(name)).abs().max() for name, p in base.model.named_parameters()}
+    # AdamW moves by about its rate, at each of two steps, and the schedule's decay has begun.
+    assert all(0 < move <= 2.1 * rate for move in moved.values())
+    for domain in state.adapters:
+        weights = published_adapter(root, state.ref(domain))
+        assert weights.base_fingerprint == base.fingerprint != old.fingerprint
+    # What is published does what was measured: each domain's loss, and none's through the plain base.
+    rows = read_data(data)
+    names = (*sorted(state.adapters), "none")
+    told = next(text for text in run.said if text.startswith("joint stage, change"))
+    for name in names:
+        of_name = rows.rows("val", name, RECIPE.val_rows_per_domain)
+        losses = []
+        for at, of_base in ((before, old), (state, base)):
+            adapters = {} if name == "none" else {name: published_adapter(root, at.ref(name))}
+            examples = {name: encode(of_base.tokenizer, of_name, joint.max_tokens)}
+            losses.append(mean_losses(of_base, adapters, examples)[name])
+        assert f"{name} {losses[1] / losses[0] - 1:+.1%}" in told
+
+
+def test_a_base_that_others_adapters_belong_to_is_not_changed(tmp_path: Path, data: Path) -> None:
+    root = _trained_for_joint(tmp_path / "root", data, tmp_path)
+    joint = RECIPE.joint.model_copy(update={"base_learning_rate": 1e-4})
+    changing = settings(root, data, RECIPE.model_copy(update={"joint": joint}))
+    catalog = Catalog(root)
+
+    class Interrupted(FolderRun):
+        def report(self, step: int, metrics: Mapping[str, float]) -> None:
+            super().report(step, metrics)
+            catalog.publish(Change(adapters={"live": 1}))
+
+    with pytest.raises(CatalogConflict, match="changed during the joint stage"):
+        STAGES["joint"](changing, Interrupted(tmp_path / "interrupted"))
+    with pytest.raises(StageOrder, match="the adapter of 'live', which was trained on it, is none of those"):
+        STAGES["joint"](changing, FolderRun(tmp_path / "joint"))
+    assert (catalog.load().base, set(catalog.load().adapters.values())) == (1, {1})
+
+
+def test_a_router_that_collapses_is_not_published(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = _trained_for_joint(tmp_path / "root", data, tmp_path)
+
+    def collapsed(router: TinyAda, *_: object) -> TinyAda:
+        """Everything goes to the first domain."""
+        for name in router.domains[1:]:
+            router = router.without_domain(name)
+        router.policy = Policy(-1e3)
+        return router
+
+    monkeypatch.setattr(stage_joint, "_calibrated", collapsed)
+    run = FolderRun(tmp_path / "joint")
+    STAGES["joint"](settings(root, data), run)
+    assert re.search(r"not published: the router collapses, its prompts use 1\.0 domains in effect where", run.said[-1])
+    assert set(Catalog(root).load().adapters.values()) == {1}
+
+
+def test_the_spread_of_a_batch_is_that_of_its_probabilities_written_out() -> None:
+    p_BN = torch.tensor([[0.7, 0.1, 0.2], [0.3, 0.3, 0.4]], dtype=torch.float64)
+    shares = [(0.7 + 0.3) / 1.4, (0.1 + 0.3) / 1.4]
+    expected = {
+        "effective domains": math.exp(-sum(share * math.log(share) for share in shares)),
+        "entropy": -sum(p * math.log(p) for row in p_BN.tolist() for p in row) / 2,
+    }
+    assert stage_joint._spread(p_BN.log()) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("stage", "needs"), [("adapters", "base"), ("router", "base"), ("joint", "base")])
