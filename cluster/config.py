@@ -115,6 +115,8 @@ class BaseSettings(_Settings):
     """Optimizer steps."""
     tokens_per_batch: int = Field(default=1024, ge=64)
     """Tokens of one step, padding included."""
+    tokens_per_pass: int = Field(default=8192, ge=64)
+    """At most so many tokens of a step go through the base at once on a worker; gradients of the passes add up."""
     max_tokens: int = Field(default=256, ge=16)
     """Longer rows are cut."""
     learning_rate: float = Field(default=4e-3, gt=0, le=1)

@@ -144,15 +144,15 @@ def mean_losses(
         grouped.add_weights(domain, weights)
     one_pass = OnePass(base.model, grouped)
     with one_pass.open():
-        return _mean_losses(one_pass, examples, tokens_per_pass, base.model.device)
+        return _mean_losses(one_pass, examples, tokens_per_pass)
 
 
 @torch.no_grad()
 def _mean_losses(
-    one_pass: OnePass, examples: Mapping[str, Sequence[Example]], tokens_per_pass: int, device: torch.device
+    one_pass: OnePass, examples: Mapping[str, Sequence[Example]], tokens_per_pass: int
 ) -> dict[str, float]:
     losses = dict.fromkeys(examples, 0.0)
-    for batch in arrange(examples, tokens_per_pass, device=device):
+    for batch in arrange(examples, tokens_per_pass):
         for domain, value in summed_by_domain(one_pass.losses(batch), batch).items():
             losses[domain] += float(value)
     return {d: losses[d] / sum(len(e.ids) - e.num_prompt_tokens for e in row) for d, row in examples.items() if row}
@@ -205,7 +205,7 @@ def _step(one_pass: OnePass, learners: Sequence[_Learner], tokens_per_pass: int,
     num_labels = {d: sum(len(e.ids) - e.num_prompt_tokens for e in row) for d, row in rows.items()}
     losses = dict.fromkeys(rows, 0.0)
     num_tokens = 0
-    for batch in arrange(rows, tokens_per_pass, device=run.workers.device):
+    for batch in arrange(rows, tokens_per_pass):
         sums = summed_by_domain(one_pass.losses(batch), batch)
         torch.stack([sums[domain] / num_labels[domain] for domain in sums]).sum().backward()
         for domain, value in sums.items():
@@ -217,13 +217,13 @@ def _step(one_pass: OnePass, learners: Sequence[_Learner], tokens_per_pass: int,
             run.say(went_back)
         elif learner.is_to_be_measured:
             to_measure.append(learner)
-    _validate(one_pass, to_measure, tokens_per_pass, run.workers.device)
+    _validate(one_pass, to_measure, tokens_per_pass)
     return num_tokens
 
 
-def _validate(one_pass: OnePass, learners: Sequence[_Learner], tokens_per_pass: int, device: torch.device) -> None:
+def _validate(one_pass: OnePass, learners: Sequence[_Learner], tokens_per_pass: int) -> None:
     held_out = {learner.domain: learner.held_out for learner in learners}
-    losses = _mean_losses(one_pass, held_out, tokens_per_pass, device)
+    losses = _mean_losses(one_pass, held_out, tokens_per_pass)
     for learner in learners:
         assert learner.early_stop is not None
         learner.early_stop.tell(losses[learner.domain])

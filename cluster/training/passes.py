@@ -5,8 +5,8 @@ Letters: T tokens, M labelled tokens, D hidden size, V vocabulary.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ from cluster.lora.weights import replace_layer
 from cluster.training.data import Example
 from cluster.training.documents import documents
 from cluster.training.grouped_lora import GroupedAdapters, Stretch
-
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +36,22 @@ class Pass:
     labelled_stretches: tuple[Stretch, ...]
     """The labelled tokens of each domain."""
 
+    def to(self, device: torch.device) -> Self:
+        """The same there."""
+        return replace(
+            self,
+            ids_T=self.ids_T.to(device),
+            positions_T=self.positions_T.to(device),
+            labelled_M=self.labelled_M.to(device),
+            labels_M=self.labels_M.to(device),
+        )
 
-def arrange(
-    rows: Mapping[str, Sequence[Example]],
-    tokens_per_pass: int,
-    learn_prompts: bool = False,
-    device: torch.device = _CPU,
-) -> list[Pass]:
+
+def arrange(rows: Mapping[str, Sequence[Example]], tokens_per_pass: int, learn_prompts: bool = False) -> list[Pass]:
     """Every domain's examples in their order, in passes of at most so many tokens, or of one longer example.
 
     A domain is divided as if it were alone, and passes are filled with its parts: so its sums are added up in the same
-    order whoever else learns. Responses are to be predicted, and prompts too if `learn_prompts`. The passes lie on
-    `device`, by default the CPU.
+    order whoever else learns. Responses are to be predicted, and prompts too if `learn_prompts`.
     """
     passes: list[list[tuple[str, Example]]] = [[]]
     filled = 0
@@ -60,7 +62,7 @@ def arrange(
                 filled = 0
             passes[-1] += [(domain, example) for example in part]
             filled += size
-    return [_pass(group, learn_prompts, device) for group in passes if group]
+    return [_pass(group, learn_prompts) for group in passes if group]
 
 
 def _parts(examples: Sequence[Example], most: int) -> list[tuple[list[Example], int]]:
@@ -77,7 +79,7 @@ def _parts(examples: Sequence[Example], most: int) -> list[tuple[list[Example], 
     return parts
 
 
-def _pass(group: Sequence[tuple[str, Example]], learn_prompts: bool, device: torch.device) -> Pass:
+def _pass(group: Sequence[tuple[str, Example]], learn_prompts: bool) -> Pass:
     ids: list[int] = []
     positions: list[int] = []
     labelled: list[int] = []
@@ -100,18 +102,18 @@ def _pass(group: Sequence[tuple[str, Example]], learn_prompts: bool, device: tor
         labelled_stretches.append(Stretch(domain, labelled_start, labelled_end))
         start, labelled_start = end, labelled_end
     return Pass(
-        torch.tensor(ids).to(device),
-        torch.tensor(positions).to(device),
+        torch.tensor(ids),
+        torch.tensor(positions),
         tuple(lengths),
         tuple(stretches),
-        torch.tensor(labelled).to(device),
-        torch.tensor(labels).to(device),
+        torch.tensor(labelled),
+        torch.tensor(labels),
         tuple(labelled_stretches),
     )
 
 
 class OnePass:
-    """A base under the adapters of many domains, attached within `open()`; passes must lie where it does."""
+    """A base under the adapters of many domains, attached within `open()`."""
 
     def __init__(self, model: PreTrainedModel, adapters: GroupedAdapters) -> None:
         self._model, self._adapters = model, adapters
@@ -140,7 +142,11 @@ class OnePass:
             yield
 
     def losses(self, batch: Pass) -> Tensor:
-        """Loss in nats of each labelled token, [M], each through its own domain's adapter, or none if there is none."""
+        """Loss in nats of each labelled token, [M], each through its own domain's adapter, or none if there is none.
+
+        The pass is taken to where the base lies.
+        """
+        batch = batch.to(self._model.device)
         if self._last is not None:
             self._last.batch = batch
         with self._adapters.rows(batch.stretches):

@@ -35,7 +35,7 @@ from cluster.training.passes import arrange, token_losses
 from cluster.training.provenance import write_provenance
 from cluster.training.run import Run
 from cluster.training.sharding import shard, whole_model
-from cluster.training.workers import Workers
+from cluster.training.workers import Workers, balanced
 
 _TOKENIZER_CHARACTERS = 20_000_000
 """The tokenizer's merges are counted on at most so much text, taken evenly from the domains."""
@@ -147,7 +147,7 @@ def fit_base(
     with documents(model) as takes_lengths:
         while training.num_steps < settings.num_steps:
             rows = [example for row in plan.rows(training.num_steps) for example in row]
-            value = _backward(model, rows, workers, takes_lengths)
+            value = _backward(model, rows, settings.tokens_per_pass, workers, takes_lengths)
             if (went_back := training.step(value)) is not None:
                 if workers.is_first:
                     run.say(went_back)
@@ -165,25 +165,31 @@ def fit_base(
     optimizer.widen()
 
 
-def _backward(model: PreTrainedModel, rows: Sequence[Example], workers: Workers, takes_lengths: bool) -> float:
+def _backward(
+    model: PreTrainedModel, rows: Sequence[Example], tokens_per_pass: int, workers: Workers, takes_lengths: bool
+) -> float:
     """Put the gradients of the mean loss over the tokens of all rows on the weights, and return that loss.
 
-    Each worker reads a part of the rows; its tokens count as much as those of any other.
+    Each worker reads a part of the rows, in passes; its tokens count as much as those of any other.
     """
     sizes = [len(row.ids) - 1 for row in rows]
-    mine = [rows[place] for place in workers.part(sizes)]
-    # One that has nothing to read takes part nevertheless, since layers in pieces are put together by all.
-    read, share = (mine, 1) if mine else (rows[:1], 0)
-    (batch,) = arrange({BASE_DOMAIN: read}, sum(sizes), learn_prompts=True, device=workers.device)
-    loss = token_losses(model, batch, takes_lengths).sum() * (share / sum(sizes))
-    total = loss.detach().clone()
-    if workers.shards_base:
+    passes = [
+        arrange({BASE_DOMAIN: [rows[place] for place in part]}, tokens_per_pass, learn_prompts=True)
+        for part in balanced(sizes, workers.count)
+    ]
+    total = torch.zeros((), device=workers.device)
+    for number in range(max(map(len, passes))):
+        # One that has nothing left to read takes part nevertheless, since layers in pieces are put together by all.
+        mine, share = passes[workers.rank], 1 / sum(sizes)
+        if number >= len(mine):
+            mine, share = arrange({BASE_DOMAIN: rows[:1]}, tokens_per_pass, learn_prompts=True), 0.0
+        batch = mine[min(number, len(mine) - 1)].to(workers.device)
+        loss = token_losses(model, batch, takes_lengths).sum() * share
+        total += loss.detach()
         # FSDP takes the mean over the workers where the sum is wanted.
-        (loss * workers.count).backward()
-        workers.sum([total])
-    else:
-        loss.backward()
-        workers.sum([total, *(p.grad for p in model.parameters() if p.grad is not None)])
+        (loss * workers.count if workers.shards_base else loss).backward()
+    gradients = [] if workers.shards_base else [p.grad for p in model.parameters() if p.grad is not None]
+    workers.sum([total, *gradients])
     return float(total)
 
 

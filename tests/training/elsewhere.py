@@ -45,8 +45,8 @@ def _moved(model: PreTrainedModel) -> PreTrainedModel:
 def _a_base(model: PreTrainedModel) -> None:
     base = _moved(model.requires_grad_(True))
     with documents(base) as takes_lengths:
-        (batch,) = arrange(ROWS, 10**9, learn_prompts=True, device=ELSEWHERE)
-        token_losses(base, batch, takes_lengths).mean().backward()
+        (batch,) = arrange(ROWS, 10**9, learn_prompts=True)
+        token_losses(base, batch.to(ELSEWHERE), takes_lengths).mean().backward()
     assert all(p.grad is not None and p.grad.device == ELSEWHERE for p in base.parameters())
 
 
@@ -57,7 +57,7 @@ def _adapters(model: PreTrainedModel) -> None:
     adapters.add_weights("math", random_adapter(nano_model(vocab_size=len(TOKENIZER)), (2,), 0))
     one_pass = OnePass(base, adapters)
     with one_pass.open():
-        for batch in arrange(ROWS, 512, device=ELSEWHERE):
+        for batch in arrange(ROWS, 512):
             losses_M = one_pass.losses(batch)
             assert losses_M.device == ELSEWHERE
             losses_M.sum().backward()

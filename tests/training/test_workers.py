@@ -1,5 +1,6 @@
 """Two workers against one: real processes that speak through gloo, as Ray Train's do."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from cluster.model import ZephyraFusionForCausalLM
 from cluster.training import stage_base
 from cluster.training.documents import documents
 from cluster.training.one_pass import FitSettings, Fitted, fit_adapters
-from cluster.training.passes import Pass
+from cluster.training.passes import Pass, arrange
 from cluster.training.run import Run
 from cluster.training.sharding import shard, whole, whole_model
 from cluster.training.stage_base import _backward, fit_base
@@ -32,6 +33,8 @@ from tests.training.runs import FolderRun, Stopped
 from tests.training.test_one_pass import EXAMPLES, SETTINGS, _base
 
 NUM_STEPS, EVERY = 8, 3
+TOKENS_PER_PASS = (48, 100_000)
+"""Of which the first gives the two workers different numbers of passes."""
 BASE = BaseSettings(num_steps=NUM_STEPS, tokens_per_batch=256, learning_rate=1e-3)
 
 
@@ -82,13 +85,13 @@ def _fit_poisoned_base(run: FolderRun) -> dict[str, Tensor]:
         stage_base.token_losses = real
 
 
-def _gradients(workers: Workers) -> dict[str, Tensor]:
-    """Of the mean loss of some rows of many lengths, divided among the workers."""
+def _gradients(workers: Workers, tokens_per_pass: int) -> dict[str, Tensor]:
+    """Of the mean loss of some rows of many lengths, divided among the workers and into passes."""
     model: Any = _model()
     if workers.shards_base:
         shard(model)
     with documents(model) as takes_lengths:
-        loss = _backward(model, some_examples(nano_tokenizer(), 7), workers, takes_lengths)
+        loss = _backward(model, some_examples(nano_tokenizer(), 7), tokens_per_pass, workers, takes_lengths)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {**whole(gradients), "loss": torch.tensor(loss)}
 
@@ -119,8 +122,9 @@ def _work(rank: int, folder: Path) -> None:
     """What one of the two processes does."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    for shards in (False, True):
-        save_file(_gradients(Workers(rank, 2, shards)), folder / f"gradients-{shards}-{rank}")
+    for shards, tokens_per_pass in itertools.product((False, True), TOKENS_PER_PASS):
+        gradients = _gradients(Workers(rank, 2, shards), tokens_per_pass)
+        save_file(gradients, folder / f"gradients-{shards}-{tokens_per_pass}-{rank}")
     for kind, (fit, shards) in KINDS.items():
         workers = Workers(rank, 2, shards)
         save_file(fit(_Run(folder / f"{kind} whole", workers=workers)), folder / f"{kind}-whole-{rank}")
@@ -160,8 +164,9 @@ def _read(folder: Path, name: str) -> list[dict[str, Tensor]]:
     return [load_file(folder / f"{name}-{rank}") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("shards", [False, True])
-def test_gradients_are_those_of_the_mean_over_all_tokens(shards: bool, two: Path) -> None:
+@pytest.mark.parametrize("tokens_per_pass", TOKENS_PER_PASS)
+@pytest.mark.parametrize("shards", [False, True, None])
+def test_gradients_are_those_of_the_mean_over_all_tokens(shards: bool | None, tokens_per_pass: int, two: Path) -> None:
     examples, model = some_examples(nano_tokenizer(), 7), _model()
     # Written out: each document alone, every token with the same weight.
     losses = []
@@ -170,7 +175,14 @@ def test_gradients_are_those_of_the_mean_over_all_tokens(shards: bool, two: Path
         losses.append(nn.functional.cross_entropy(model(input_ids=ids[None, :-1]).logits[0], ids[1:], reduction="sum"))
     mean = torch.stack(losses).sum() / sum(len(example.ids) - 1 for example in examples)
     mean.backward()
-    for part in _read(two, f"gradients-{shards}"):
+    sizes = [len(example.ids) - 1 for example in examples]
+    counts = [
+        len(arrange({"": [examples[place] for place in part]}, tokens_per_pass, learn_prompts=True))
+        for part in balanced(sizes, 2)
+    ]
+    assert (counts[0] != counts[1]) == (tokens_per_pass == TOKENS_PER_PASS[0])
+    alone = [_gradients(Workers(), tokens_per_pass)]
+    for part in alone if shards is None else _read(two, f"gradients-{shards}-{tokens_per_pass}"):
         torch.testing.assert_close(part["loss"], mean.detach())
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(part[name], parameter.grad, rtol=1e-4, atol=1e-5)
