@@ -33,7 +33,7 @@ from cluster.training.data import encode, read_data
 from cluster.training.evaluation import EvaluationSettings, Report, evaluate
 from cluster.training.mixture_losses import MixtureLosses, mixture_of
 from cluster.training.one_pass import mean_losses
-from cluster.training.pipeline import is_trained
+from cluster.training.pipeline import is_trained, live_recipe
 from cluster.training.pruning import PruneSettings, prune
 from cluster.training.pruning_report import apply
 from cluster.training.recipes import recipe
@@ -63,11 +63,12 @@ class Trained:
         self.root, self.data, self.amount, self._console = folder / "root", folder / "data", amount, console
         self.seconds: float | None = None
         """What training took; None where it was done before."""
-        if is_trained(self.root):
+        rows, file = _cut(table, amount), self.data / "rows.parquet"
+        if is_trained(self.root) and live_recipe(self.root) == amount.recipe and pq.read_table(file).equals(rows):
             console.print(f"trained before: {self.root}", highlight=False)
             return
         self.data.mkdir(parents=True, exist_ok=True)
-        pq.write_table(_cut(table, amount), self.data / "rows.parquet")
+        pq.write_table(rows, file)
         command = (sys.executable, "-m", "deployments.train", "all", "--recipe", amount.recipe)
         where = ("--root", str(self.root), "--data", str(self.data), "--cpus", str(num_cpus))
         since = time.perf_counter()

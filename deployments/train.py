@@ -132,8 +132,15 @@ def fit(
     if num_workers > 1 and stage not in DIVISIBLE:
         print(f"stage {stage} runs on one worker; only {' and '.join(DIVISIBLE)} can be divided", flush=True)
         num_workers = 1
-    train: Any = _train  # what it returns is kept in the result, though its type says that it returns nothing
     on_gpus = device == "cuda" and stage in ON_DEVICE
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    if on_gpus and (num_gpus := cluster.get("GPU", 0)) < num_workers:
+        # A cluster that grows by itself may get them; one that was started here can't.
+        told = f"--device cuda asks for {num_workers} GPU(s), and the cluster has {num_gpus:.0f}"
+        if ray_address() is None:
+            raise InvalidInput(f"{told}; take fewer --workers, or --device cpu.")
+        print(f"{told}: waiting for more", flush=True)
+    train: Any = _train  # what it returns is kept in the result, though its type says that it returns nothing
     resources = {"CPU": num_cpus} | ({"GPU": 1.0} if on_gpus else {})
     trainer = TorchTrainer(
         train,
@@ -222,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
         "--shard-base", action="store_true", help="with --workers: base's weights and moments in parts, by FSDP"
     )
     command.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="with cuda each worker of a base or adapters has a GPU"
+        "--device", choices=["cpu", "cuda"], default="cpu", help="with cuda each worker has a GPU, but for the router's"
     )
     return command
 

@@ -72,10 +72,15 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32, device: str | to
 
 
 def saved_dtype(folder: Path) -> torch.dtype:
-    """The numbers that the base in `folder` was saved in: float32 or bfloat16, which also stands for float16."""
+    """What the base in `folder` is served in by default: float32 or bfloat16, which also stands for float16."""
+    return torch.float32 if written_dtype(folder) == torch.float32 else torch.bfloat16
+
+
+def written_dtype(folder: Path) -> torch.dtype:
+    """The numbers that the base in `folder` was saved in, by its configuration."""
     config = json.loads((folder / "config.json").read_text())
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return torch.float32 if name == "float32" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    return dtype
 
 
 def quantize_base(source: Path, folder: Path, quantization: Quantization) -> None:
@@ -131,10 +136,14 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -
     return _ids(tokenizer, answers, add_special_tokens=False)
 
 
-def copy_base(source: Path, folder: Path) -> None:
-    """Copy a float base from `source` into `folder`, an empty one: safetensors, configuration, tokenizer, no code."""
+def copy_base(source: Path, folder: Path, weights: bool = True) -> None:
+    """Copy a float base from `source` into `folder`, an empty one: safetensors, configuration, tokenizer, no code.
+
+    Without `weights` all but the safetensors and their index.
+    """
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in (".safetensors", *COPIED_SUFFIXES):
+        is_of_weights = ".safetensors" in file.suffixes
+        if file.is_file() and file.suffix in (".safetensors", *COPIED_SUFFIXES) and (weights or not is_of_weights):
             shutil.copyfile(file, folder / file.name)
 
 

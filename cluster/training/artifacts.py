@@ -13,7 +13,7 @@ from cluster.messages import AdapterRef
 from cluster.model.base import Base, load_base
 from cluster.router.assembly import RouterAssembly
 from cluster.router.tiny_ada import TinyAda
-from cluster.training.compute import dtype_for
+from cluster.training.compute import DTYPES
 from cluster.training.run import Run
 
 
@@ -27,9 +27,8 @@ def published_base(
 
 
 def training_base(settings: StageSettings, run: Run, state: CatalogState) -> Base:
-    """The same on the worker's device and in the recipe's numbers, as adapters are trained over it."""
-    device = run.workers.device
-    return published_base(settings.root, state, dtype_for(settings.recipe.dtype, device), device)
+    """The same to train adapters over: on the worker's device, in the recipe's numbers, which are no longer `auto`."""
+    return published_base(settings.root, state, DTYPES[settings.recipe.dtype], run.workers.device)
 
 
 def published_adapter(root: Root | Store, ref: AdapterRef, device: str | torch.device = "cpu") -> AdapterWeights:

@@ -2,8 +2,12 @@
 
 import torch
 
-from cluster.config import Device, TrainingDtype
+from cluster.config import Device, StageSettings, TrainingDtype
 from cluster.errors import InvalidInput
+from cluster.training.run import Run
+
+DTYPES: dict[TrainingDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What `auto` becomes one of."""
 
 
 def device_of(name: Device) -> torch.device:
@@ -13,11 +17,18 @@ def device_of(name: Device) -> torch.device:
     return torch.device(name)
 
 
-def dtype_for(wanted: TrainingDtype, device: torch.device) -> torch.dtype:
-    """The numbers that layers multiply; with `auto` bfloat16 where the device has instructions for it."""
-    if wanted == "auto":
-        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+def with_dtype(settings: StageSettings, run: Run) -> StageSettings:
+    """The settings with the numbers in place of `auto`: bfloat16 if every worker's device has instructions for it.
+
+    All workers have to call this.
+    """
+    if settings.recipe.dtype != "auto":
+        return settings
+    are_all = all(run.workers.each(lambda: multiplies_bfloat16(run.workers.device)))
+    dtype: TrainingDtype = "bfloat16" if are_all else "float32"
+    if run.workers.is_first:
+        run.say(f"layers multiply {dtype}")
+    return settings.model_copy(update={"recipe": settings.recipe.model_copy(update={"dtype": dtype})})
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -25,4 +36,5 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    # The last is ARM's name for it.
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -181,11 +182,18 @@ def data_digest(data: Path) -> str:
     """
     whole = hashlib.sha256()
     for file in itertools.chain.from_iterable(table.files for table in tables(data)):
-        with file.open("rb") as content:
-            of_file = hashlib.file_digest(content, "sha256").hexdigest()
+        stat = file.stat()
+        of_file = _file_digest(file, stat.st_size, stat.st_mtime_ns)
         name = file.relative_to(data) if file != data else Path(file.name)
         whole.update(f"{name} {of_file}\n".encode())
     return whole.hexdigest()
+
+
+@cache
+def _file_digest(file: Path, size: int, changed_ns: int) -> str:
+    """Read once by a process, which asks more than once, unless it has changed."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _check_domain(domain: str, index: int, file: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from cluster.lora.catalog import Catalog, CatalogState, Change
 from cluster.lora.checksums import CHECKSUMS
 from cluster.lora.store import write_version
 from cluster.messages import NONE_DOMAIN
-from cluster.model.base import Base, copy_base, fingerprint, saved_dtype
+from cluster.model.base import Base, copy_base, fingerprint, written_dtype
 from cluster.router.reliability import effective_number
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.artifacts import published_adapter, published_base, require_adapters, trained_router
@@ -56,7 +56,7 @@ class JointSystem:
 
     def round_base(self, settings: StageSettings) -> None:
         """Take of the base what its published form can hold: one that was saved in bfloat16 stays so."""
-        dtype = saved_dtype(_base_folder(settings, self.state))
+        dtype = written_dtype(_base_folder(settings, self.state))
         with torch.no_grad():
             for parameter in self.base_parameters.values():
                 parameter.copy_(parameter.to(dtype))
@@ -85,11 +85,10 @@ class JointSystem:
         before = _base_folder(settings, self.state)
 
         def write(folder: Path) -> None:
-            copy_base(before, folder)
-            for stale in (folder / CHECKSUMS, *folder.glob("*.safetensors*")):
-                stale.unlink(missing_ok=True)
+            copy_base(before, folder, weights=False)
+            (folder / CHECKSUMS).unlink(missing_ok=True)
             with self.adapters.detached():
-                nn.Module.to(self.base.model, saved_dtype(before))
+                nn.Module.to(self.base.model, written_dtype(before))
                 self.base.model.save_pretrained(folder)
             write_provenance(folder, "joint", settings)
 
@@ -142,14 +141,16 @@ def _base_folder(settings: StageSettings, state: CatalogState) -> Path:
 
 def _publish(catalog: Catalog, trained: CatalogState, change: Change) -> None:
     """Publish unless something that was trained is no longer current; other domains may have come and gone meanwhile,
-    unless the base changes, to which all adapters belong.
+    unless the base changes, to which all adapters belong. Tags name versions over the old base, and go with it.
     """
     while True:
         state = catalog.load()
         if _current(state, change) != _current(trained, change):
             raise CatalogConflict("The base, the router or an adapter changed during the joint stage; run it again.")
+        # A new base takes back what belonged to the old, other names of the domains that come back at once too.
+        aliases = state.aliases if change.base is not None else {}
         try:
-            catalog.publish(change, expected_generation=state.generation)
+            catalog.publish(replace(change, aliases=aliases), expected_generation=state.generation)
         except CatalogConflict:
             continue
         return

@@ -59,8 +59,7 @@ class Optimizer:
         """
         for group in self._adamw.param_groups:
             group["lr"] = self._learning_rate * rate_factor * wsd(step, self._num_steps)
-        for given, wide in self._rounded():
-            wide.grad = None if given.grad is None else given.grad.to(wide.dtype)
+        self.gather()
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), 1.0, foreach=True)
         is_finite = bool(torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm))
         if is_finite:
@@ -68,6 +67,18 @@ class Optimizer:
             self._round()
         self.clear()
         return is_finite
+
+    def gather(self) -> None:
+        """Add the gradients of parameters in bfloat16 to those of the wide ones: of many, most would be lost there."""
+        for given, wide in self._rounded():
+            if given.grad is not None:
+                gradient = given.grad.to(wide.dtype)
+                wide.grad = gradient if wide.grad is None else wide.grad.add_(gradient)
+                given.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """Those that lie on the parameters, wide ones where there are such."""
+        return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
 
     def clear(self) -> None:
         """Drop the gradients that lie on the parameters."""

@@ -65,6 +65,11 @@ def arrange(rows: Mapping[str, Sequence[Example]], tokens_per_pass: int, learn_p
     return [_pass(group, learn_prompts) for group in passes if group]
 
 
+def num_passes(examples: Sequence[Example], tokens_per_pass: int) -> int:
+    """How many passes `arrange` makes of one domain's examples."""
+    return len(_parts(examples, tokens_per_pass))
+
+
 def _parts(examples: Sequence[Example], most: int) -> list[tuple[list[Example], int]]:
     """In their order, in parts of at most so many tokens, or of one longer example; with the tokens of each part."""
     parts: list[tuple[list[Example], int]] = []

@@ -26,6 +26,9 @@ from cluster.training.mixture_losses import MixtureLosses
 from cluster.training.run import Run
 from cluster.training.similarity import cosine, functional_products
 
+_LEAST_LOSS = 1e-9
+"""Nats per token; a domain may have lost nothing at all."""
+
 
 @dataclass(frozen=True, slots=True)
 class PruneSettings:
@@ -95,7 +98,7 @@ class PruneReport:
 
     def changes(self) -> dict[str, float]:
         """The rise of each domain's loss, as a share of what it was."""
-        return {name: self.loss_after[name] / before - 1 for name, before in self.loss_before.items()}
+        return {name: _rise(before, self.loss_after[name]) for name, before in self.loss_before.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,7 @@ class _Pruner:
         self._shares_M = torch.empty_like(nats_M)
         for name, own in self._own.items():
             tokens = int(self._tokens_M[own].sum())
-            self._shares_M[own] = 1 / (max(self._before[name], 1e-9) * tokens * len(self._own))
+            self._shares_M[own] = 1 / (max(self._before[name], _LEAST_LOSS) * tokens * len(self._own))
         self._masses = self._mass(weights)
 
     def propose(self) -> Pruning:
@@ -267,7 +270,7 @@ class _Pruner:
 
     def _judged(self, action: _Action, tried: _Measured, cost: float) -> Step:
         after = self._by_domain(tried.nats_M)
-        changes = {name: after[name] / before - 1 for name, before in self._before.items()}
+        changes = {name: _rise(before, after[name]) for name, before in self._before.items()}
         worst = max(changes, key=changes.__getitem__)
         into = None if action.into is None else action.into.domain
         accepted = changes[worst] <= self._settings.epsilon
@@ -328,3 +331,8 @@ class _Pruner:
         dropped = tuple(name for name, by in answered_by.items() if by is None and name in self._state.adapters)
         aliases = {name: by for name, by in answered_by.items() if by is not None and by != name}
         return Pruning(report, combined, dropped, aliases)
+
+
+def _rise(before: float, after: float) -> float:
+    """As a share of what it was."""
+    return (after - before) / max(before, _LEAST_LOSS)

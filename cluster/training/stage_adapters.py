@@ -13,6 +13,7 @@ from cluster.lora.store import write_version
 from cluster.lora.weights import AdapterWeights
 from cluster.model.base import Base
 from cluster.training.artifacts import publish_for_base, training_base
+from cluster.training.compute import with_dtype
 from cluster.training.data import DataSet, Example, encode, stage_data
 from cluster.training.one_pass import FitSettings, Fitted, fit_adapters, mean_losses
 from cluster.training.provenance import provenance
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 def train_adapters(settings: StageSettings, run: Run) -> None:
     """Train an adapter for every domain of the data and publish them together."""
+    settings = with_dtype(settings, run)
     recipe, options = settings.recipe, settings.recipe.adapters
     catalog = Catalog(settings.root)
     state = catalog.load()

@@ -24,14 +24,14 @@ from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
 from cluster.model.base import fingerprint
 from cluster.model.configuration_zephyra import SIZES
 from cluster.model.tokenizer import train_tokenizer
-from cluster.training.compute import dtype_for
+from cluster.training.compute import DTYPES, with_dtype
 from cluster.training.corpus import StoredExamples, encode_corpus
 from cluster.training.data import BatchPlan, DataSet, Example, Row, encode, stage_data
 from cluster.training.documents import documents
 from cluster.training.given_base import take_over_base
 from cluster.training.language_model import batches_by_length, summed_loss
 from cluster.training.optimization import Optimizer, Training, load_checkpoint, save_checkpoint
-from cluster.training.passes import arrange, token_losses
+from cluster.training.passes import arrange, num_passes, token_losses
 from cluster.training.provenance import write_provenance
 from cluster.training.run import Run
 from cluster.training.sharding import shard, whole_model
@@ -40,6 +40,9 @@ from cluster.training.workers import Workers, balanced
 _TOKENIZER_CHARACTERS = 20_000_000
 """The tokenizer's merges are counted on at most so much text, taken evenly from the domains."""
 
+_HELD_OUT_ROWS = 10_000
+"""At most so many validation rows are measured."""
+
 
 def train_base(settings: StageSettings, run: Run) -> None:
     """Train the base of the recipe on the data's train split and publish it, or take over the one that is named."""
@@ -47,6 +50,7 @@ def train_base(settings: StageSettings, run: Run) -> None:
         if run.workers.is_first:
             take_over_base(settings.root, settings.base, run.say)
         return
+    settings = with_dtype(settings, run)
     recipe, base = settings.recipe, settings.recipe.base
     if base.size not in SIZES:
         raise InvalidInput(f"There is no size {base.size!r} of Zephyra Fusion; the sizes are: {', '.join(SIZES)}.")
@@ -64,13 +68,13 @@ def train_base(settings: StageSettings, run: Run) -> None:
     if run.workers.is_first:
         run.say(f"Zephyra Fusion '{base.size}': {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
     settings.root.mkdir(parents=True, exist_ok=True)
+    say = run.say if run.workers.is_first else None
+    held_out = encode(tokenizer, _held_out(data, settings, say), base.max_tokens)
     # Without a name: nothing is left of it where this process is killed.
     with tempfile.TemporaryFile(dir=settings.root) as file:
-        say = run.say if run.workers.is_first else None
         corpus = encode_corpus(tokenizer, _rows(data, "train", settings, say), base.max_tokens)
         examples = StoredExamples(file, corpus)
-        dtype = dtype_for(recipe.dtype, run.workers.device)
-        fit_base(model, examples, base, recipe.seed, recipe.checkpoint_every_steps, run, dtype)
+        fit_base(model, examples, base, recipe.seed, recipe.checkpoint_every_steps, run, DTYPES[recipe.dtype])
     if run.workers.shards_base:
         model = whole_model(model, ZephyraFusionForCausalLM(config))
     if not run.workers.is_first:
@@ -79,7 +83,7 @@ def train_base(settings: StageSettings, run: Run) -> None:
     version = write_version(settings.root / "base", lambda folder: _save(model, tokenizer, folder, settings))
     catalog = Catalog(settings.root)
     catalog.publish(Change(base=version))
-    bits = _bits_per_byte(model, tokenizer, list(_rows(data, "val", settings)), base.max_tokens)
+    bits = _bits_per_byte(model, tokenizer, held_out)
     mark = fingerprint(settings.root / "base" / str(version))
     run.say(f"published base {version} ({mark}): validation {bits:.3f} bits per byte of the answers")
 
@@ -93,6 +97,12 @@ def _rows(
         limit = settings.recipe.train_rows_per_domain if split == "train" else settings.recipe.val_rows_per_domain
         for domain in data.domains:
             yield from data.rows(split, domain, limit)
+
+
+def _held_out(data: DataSet, settings: StageSettings, say: Callable[[str], None] | None) -> list[Row]:
+    """What bits per byte are measured on; of texts for the base, of which there may be any number, the first."""
+    rows = _rows(data, "val", settings, say)
+    return list(itertools.islice(rows, _HELD_OUT_ROWS))
 
 
 def _texts(data: DataSet, settings: StageSettings) -> list[str]:
@@ -147,7 +157,7 @@ def fit_base(
     with documents(model) as takes_lengths:
         while training.num_steps < settings.num_steps:
             rows = [example for row in plan.rows(training.num_steps) for example in row]
-            value = _backward(model, rows, settings.tokens_per_pass, workers, takes_lengths)
+            value = _backward(model, optimizer, rows, settings.tokens_per_pass, workers, takes_lengths)
             if (went_back := training.step(value)) is not None:
                 if workers.is_first:
                     run.say(went_back)
@@ -166,30 +176,33 @@ def fit_base(
 
 
 def _backward(
-    model: PreTrainedModel, rows: Sequence[Example], tokens_per_pass: int, workers: Workers, takes_lengths: bool
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    rows: Sequence[Example],
+    tokens_per_pass: int,
+    workers: Workers,
+    takes_lengths: bool,
 ) -> float:
     """Put the gradients of the mean loss over the tokens of all rows on the weights, and return that loss.
 
     Each worker reads a part of the rows, in passes; its tokens count as much as those of any other.
     """
     sizes = [len(row.ids) - 1 for row in rows]
-    passes = [
-        arrange({BASE_DOMAIN: [rows[place] for place in part]}, tokens_per_pass, learn_prompts=True)
-        for part in balanced(sizes, workers.count)
-    ]
+    parts = [[rows[place] for place in places] for places in balanced(sizes, workers.count)]
+    passes = arrange({BASE_DOMAIN: parts[workers.rank]}, tokens_per_pass, learn_prompts=True)
+    # Layers in pieces are put together by all: who has fewer passes than others reads on, and it counts for nothing.
+    # So does who has none, since gradients are summed over all.
+    least = max(num_passes(part, tokens_per_pass) for part in parts) if workers.shards_base else 1
+    (idle, *_) = arrange({BASE_DOMAIN: rows[:1]}, tokens_per_pass, learn_prompts=True)
     total = torch.zeros((), device=workers.device)
-    for number in range(max(map(len, passes))):
-        # One that has nothing left to read takes part nevertheless, since layers in pieces are put together by all.
-        mine, share = passes[workers.rank], 1 / sum(sizes)
-        if number >= len(mine):
-            mine, share = arrange({BASE_DOMAIN: rows[:1]}, tokens_per_pass, learn_prompts=True), 0.0
-        batch = mine[min(number, len(mine) - 1)].to(workers.device)
-        loss = token_losses(model, batch, takes_lengths).sum() * share
+    for number in range(max(len(passes), least)):
+        batch, share = (passes[number], 1 / sum(sizes)) if number < len(passes) else (idle, 0.0)
+        loss = token_losses(model, batch.to(workers.device), takes_lengths).sum() * share
         total += loss.detach()
         # FSDP takes the mean over the workers where the sum is wanted.
         (loss * workers.count if workers.shards_base else loss).backward()
-    gradients = [] if workers.shards_base else [p.grad for p in model.parameters() if p.grad is not None]
-    workers.sum([total, *gradients])
+        optimizer.gather()
+    workers.sum([total, *([] if workers.shards_base else optimizer.gradients())])
     return float(total)
 
 
@@ -199,8 +212,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     write_provenance(folder, "base", settings)
 
 
-def _bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], limit: int) -> float:
-    examples = encode(tokenizer, rows, limit)
+def _bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float:
     if not examples:
         return math.nan
     nats = sum(summed_loss(model, batch) for batch in batches_by_length(examples, 8192, tokenizer.pad_token_id))

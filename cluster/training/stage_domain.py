@@ -19,6 +19,7 @@ from cluster.model.base import Base
 from cluster.router.domain_prototypes import DomainPrototypes, prototypes_from_examples, with_prototypes
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.artifacts import published_router, trained_router, training_base
+from cluster.training.compute import with_dtype
 from cluster.training.data import Row, encode, read_data
 from cluster.training.domain_data import examples_of, read_domain
 from cluster.training.domain_version import publish_version, write_version
@@ -55,7 +56,7 @@ def train_domain(settings: StageSettings, run: Run) -> None:
 
     Raises `GateRefused` where it does not, and `InvalidInput` for a name that cannot be one, or is an alias.
     """
-    live = settings.live
+    live, settings = settings.live, with_dtype(settings, run)
     if live is None:
         raise InvalidInput("Stage 'domain' needs the name of the domain; give one.")
     name, recipe = check_domain_name(live.domain), settings.recipe

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.config import StageSettings
+from cluster.errors import InvalidInput
 from cluster.messages import NONE_DOMAIN
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.data import DataSet, Row, collate, encode, stage_data
@@ -87,9 +88,10 @@ def _share_right(router: TinyAda, rows: list[Row]) -> float:
 def _loser(before: dict[str, float], after: dict[str, float], settings: StageSettings) -> str | None:
     """The domain that lost most, if it lost more than the recipe allows."""
     options = settings.recipe.joint
-    worst = max(before, key=lambda domain: after[domain] / before[domain])
-    allowed = max(before[worst] * options.epsilon, options.tolerance_nats)
-    return worst if after[worst] - before[worst] > allowed else None
+    allowed = {domain: max(loss * options.epsilon, options.tolerance_nats) for domain, loss in before.items()}
+    # What is no number has lost too.
+    losers = [domain for domain in before if not after[domain] - before[domain] <= allowed[domain]]
+    return max(losers, key=lambda domain: after[domain] / before[domain], default=None)
 
 
 def _fit(system: JointSystem, data: DataSet, settings: StageSettings, run: Run) -> None:
@@ -113,8 +115,11 @@ def _fit(system: JointSystem, data: DataSet, settings: StageSettings, run: Run) 
         log_probabilities_BN = system.router.scores([row.prompt for row in drawn])
         loss, num_tokens = _joint_loss(system, drawn, log_probabilities_BN, settings)
         loss.backward()
-        for optimizer in optimizers.values():
-            optimizer.step(step)
+        if not all(optimizer.step(step) for optimizer in optimizers.values()):
+            raise InvalidInput(
+                f"The loss of the joint stage or its gradients are no finite numbers at step {step + 1}; what stage 3 "
+                "published stays. Give it lower rates, or leave it out (num_steps 0)."
+            )
         tokens += num_tokens
         speed = tokens / (time.perf_counter() - since)
         run.report(step + 1, {"loss": float(loss.detach()), "tokens/s": speed, **_spread(log_probabilities_BN)})

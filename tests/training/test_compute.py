@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cluster.config import CHECKOUT, AdapterSettings, BaseSettings
+from cluster.config import CHECKOUT, AdapterSettings, BaseSettings, Recipe, StageSettings, TrainingDtype
 from cluster.errors import InvalidInput
 from cluster.lora.weights import AdapterWeights
 from cluster.model.base import Base
-from cluster.training.compute import device_of, dtype_for, multiplies_bfloat16
+from cluster.training.compute import device_of, multiplies_bfloat16, with_dtype
 from cluster.training.documents import documents
 from cluster.training.one_pass import FitSettings, fit_adapters, mean_losses
 from cluster.training.optimization import Optimizer
@@ -118,11 +118,14 @@ def test_adapters_over_a_bfloat16_base_are_nearly_those_over_a_float32_one(tmp_p
         assert all(f.a_RI.dtype == f.b_OR.dtype == torch.float32 for f in narrow[domain].factors.values())
 
 
-def test_auto_is_bfloat16_where_the_processor_says_that_it_multiplies_it() -> None:
+def test_auto_is_bfloat16_where_the_processor_says_that_it_multiplies_it(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    assert dtype_for("float32", cpu) == torch.float32
-    assert dtype_for("bfloat16", cpu) == torch.bfloat16
-    assert dtype_for("auto", cpu) == (torch.bfloat16 if multiplies_bfloat16(cpu) else torch.float32)
+    every: tuple[TrainingDtype, ...] = ("float32", "bfloat16", "auto")
+    for wanted in every:
+        settings = StageSettings(root=tmp_path, data=tmp_path, recipe=Recipe(dtype=wanted), name="test")
+        chosen = with_dtype(settings, FolderRun(tmp_path / "run"))
+        auto: TrainingDtype = "bfloat16" if multiplies_bfloat16(cpu) else "float32"
+        assert chosen.recipe == Recipe(dtype=auto if wanted == "auto" else wanted)
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         pytest.skip("no /proc/cpuinfo here to compare with")

@@ -122,11 +122,14 @@ def test_texts_are_looked_at_once_by_the_stage_that_learns_from_them(tmp_path: P
     assert said == [
         "left out 2 bad of 62 rows: row 60 of train.parquet has an empty text; row 61 of train.parquet has no text"
     ]
-    pq.write_table(pa.table({"text": [*TEXTS, *[None] * 6]}), file)
+    pq.write_table(pa.table({"text": TEXTS}), file)
     settings = StageSettings(root=tmp_path / "root", data=tmp_path / "data", recipe=SMALL, name="test")
-    with pytest.raises(InvalidData, match="6 of 66 rows are bad, and at most 5 may be: row 60 of train"):
-        STAGES["base"](settings, FolderRun(tmp_path / "run"))
-    assert not (tmp_path / "root" / "base").exists()
+    for split in ("train", "validation"):
+        pq.write_table(pa.table({"text": [*TEXTS, *[None] * 6]}), file.with_stem(split))
+        with pytest.raises(InvalidData, match=f"6 of 66 rows are bad, and at most 5 may be: row 60 of {split}"):
+            STAGES["base"](settings, FolderRun(tmp_path / f"run {split}"))
+        assert not (tmp_path / "root" / "base").exists(), "before anything is trained"
+        pq.write_table(pa.table({"text": TEXTS}), file.with_stem(split))
 
 
 def test_the_base_learns_from_texts_alone_and_leaves_no_tokens_behind(tmp_path: Path) -> None:

@@ -72,6 +72,12 @@ def test_a_folder_is_a_folder_though_it_reads_as_an_id(
     assert find_data("nothing-such") == tmp_path / "nothing-such"
 
 
+def test_what_could_not_be_had_whole_is_not_replaced_by_another_form(cache: Path) -> None:
+    publish(cache, "somebody/rows", "refs/convert/parquet", "default/train/0000.parquet")
+    with pytest.raises(InvalidData, match="neither in the local cache nor to be had now"):
+        find_data("somebody/rows")
+
+
 def test_what_cannot_be_had_says_what_to_do(cache: Path) -> None:
     with pytest.raises(
         InvalidData, match=r"no folder 'somebody/else'.*hf download --repo-type dataset somebody/else` wh"

@@ -18,7 +18,7 @@ from cluster.config import (
     RouterSettings,
     StageSettings,
 )
-from cluster.errors import CatalogConflict, InvalidData, StageOrder
+from cluster.errors import CatalogConflict, InvalidData, InvalidInput, StageOrder
 from cluster.lora.catalog import Catalog, Change
 from cluster.router.policy import Policy
 from cluster.router.sentence_encoder import SentenceEncoder
@@ -160,6 +160,7 @@ def _trained_for_joint(root: Path, data: Path, folder: Path) -> Path:
 
 def test_a_joint_stage_with_a_rate_for_the_base_publishes_all_in_one_generation(tmp_path: Path, data: Path) -> None:
     root, rate = _trained_for_joint(tmp_path / "root", data, tmp_path), 1e-3
+    Catalog(root).publish(Change(aliases={"database": "sql"}))
     before = Catalog(root).load()
     joint = RECIPE.joint.model_copy(update={"base_learning_rate": rate})
     recipe = RECIPE.model_copy(update={"joint": joint})
@@ -168,7 +169,7 @@ def test_a_joint_stage_with_a_rate_for_the_base_publishes_all_in_one_generation(
     state = Catalog(root).load()
     assert state.generation == before.generation + 1
     assert (state.base, state.router, set(state.adapters.values())) == (2, 2, {2})
-    assert state.adapters.keys() == before.adapters.keys()
+    assert (state.adapters.keys(), state.aliases) == (before.adapters.keys(), before.aliases)
     base = published_base(root, state)
     old = published_base(root, before)
     moved = {name: (p - old.model.get_parameter(name)).abs().max() for name, p in base.model.named_parameters()}
@@ -207,6 +208,16 @@ def test_a_base_that_others_adapters_belong_to_is_not_changed(tmp_path: Path, da
     with pytest.raises(StageOrder, match="the adapter of 'live', which was trained on it, is none of those"):
         STAGES["joint"](changing, FolderRun(tmp_path / "joint"))
     assert (catalog.load().base, set(catalog.load().adapters.values())) == (1, {1})
+
+
+def test_a_joint_stage_whose_loss_is_no_number_publishes_nothing(tmp_path: Path, data: Path) -> None:
+    root = _trained_for_joint(tmp_path / "root", data, tmp_path)
+    before = Catalog(root).load()
+    for rates in ({"adapter_learning_rate": 1.0, "num_steps": 40}, {"base_learning_rate": 1.0, "num_steps": 40}):
+        joint = RECIPE.joint.model_copy(update={"epsilon": math.inf, "router_loss_weight": 1e38, **rates})
+        with pytest.raises(InvalidInput, match=r"no finite numbers at step \d+; what stage 3 published stays"):
+            STAGES["joint"](settings(root, data, RECIPE.model_copy(update={"joint": joint})), FolderRun(tmp_path / "x"))
+    assert Catalog(root).load() == before
 
 
 def test_a_router_that_collapses_is_not_published(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
