@@ -187,8 +187,7 @@ class JointSettings(_Settings):
     router_learning_rate: float = Field(default=1e-4, gt=0, le=1)
     """Peak rate for the router's encoder."""
     base_learning_rate: float = Field(default=0.0, ge=0, le=1)
-    """Peak rate for the base, a hundredth of the adapters' or less; 0 leaves it frozen. Else base, adapters and router
-    are published in one generation."""
+    """Peak rate for the base, a hundredth of the adapters' or less; 0 leaves it frozen."""
     router_loss_weight: float = Field(default=0.1, ge=0)
     """Weight of the router's labels beside the language-model loss."""
     epsilon: float = Field(default=0.005, ge=0)
@@ -196,8 +195,7 @@ class JointSettings(_Settings):
     tolerance_nats: float = Field(default=0.02, ge=0)
     """Nats per token; where an adapter is nearly always right, a rise below this changes no answer."""
     least_effective_share: float = Field(default=0.8, ge=0, le=1)
-    """The stage is dropped if the effective number of domains that prompts are sent to falls below this share of what
-    it was: the router then collapses onto few."""
+    """The stage is dropped if the router collapses: uses fewer domains in effect than this share of what it did."""
 
 
 class BadRowSettings(_Settings):
@@ -303,8 +301,7 @@ class AppSettings(_Settings):
     """Folder or bucket (s3://, gs://, az://) of a trained system; by default artifacts/starter, or the root that `base`
     lies in."""
     base: str | None = None
-    """Another causal language model in Hugging Face's format, a folder or an id on the hub; by default the root's
-    own."""
+    """Another causal language model in Hugging Face's format: a folder, or an id on the hub."""
     quantization: Quantization | None = None
     """Serve the base's int8 or int4 form, which `zephyra quantize` wrote; by default its floats."""
     dtype: Literal["float32", "bfloat16"] | None = None
