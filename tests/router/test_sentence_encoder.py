@@ -150,6 +150,17 @@ def test_a_domain_comes_and_goes_without_a_trace(fused: TinyAda) -> None:
     assert _answers(grown.route(NEW_TAX)).count("tax") >= 2
 
 
+def test_beside_a_sentence_the_vector_of_a_new_domain_counts_for_less(fused: TinyAda) -> None:
+    """Decision 35: half beside the sketch's 1, where without a sentence it is seven tenths."""
+    grown = fused.with_domain("tax", TAX)
+    new = grown.domains.index("tax")
+    rows = grown.head.prototypes_DPV[new, : int(grown.head.num_prototypes_D[new])]
+    width = _encoder(fused).width
+    lengths = [torch.linalg.vector_norm(part, dim=1) for part in rows.tensor_split([width], dim=1)]
+    assert torch.allclose(lengths[0], torch.tensor(0.5), atol=1e-5)
+    assert torch.allclose(lengths[1], torch.tensor(1.0), atol=1e-5)
+
+
 def test_refitting_and_chats_work_as_ever(fused: TinyAda) -> None:
     refitted = copy.deepcopy(fused)
     refitted.refit(*prompts("train", 40), *prompts("train", 20, seed=5))
