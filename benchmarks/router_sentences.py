@@ -32,6 +32,12 @@ class RememberingModel(SentenceModel):
     def words(self) -> list[str]:
         return self._inner.words()
 
+    def thawed(self, num_layers: int) -> SentenceModel:
+        return self._inner.thawed(num_layers)
+
+    def num_tokens(self, text: str) -> int:
+        return self._inner.num_tokens(text)
+
     def embed(self, texts: Sequence[str]) -> Tensor:
         """As the model does; each text that is new is read once."""
         fresh = list(dict.fromkeys(text for text in texts if text not in self._known))

@@ -65,7 +65,7 @@ class RouterSettings(_Settings):
     """How tiny ada is trained."""
 
     steps: int = Field(default=300, ge=1, le=1_000_000)
-    """Optimizer steps."""
+    """Optimizer steps, beside those that tune a sentence encoder."""
     batch_size: int = Field(default=256, ge=2, le=65_536)
     """Prompts of one step, drawn anew for each."""
     learning_rate: float = Field(default=0.01, gt=0, le=1)
@@ -94,7 +94,7 @@ class RouterSettings(_Settings):
     their own words."""
     sentence_encoder: str | None = None
     """Folder of a pretrained sentence encoder in Hugging Face's format, or an installed package that carries one, to
-    stand beside the n-grams; none by default. For bases of half a billion parameters and more."""
+    be tuned to the texts and to stand beside the n-grams; none by default. For bases of 0.5B parameters and more."""
     teacher: str | None = None
     """The same, but read in training only: tiny ada learns from it where texts and words lie, and stays as fast as
     without. For bases of any size."""

@@ -19,16 +19,18 @@ from cluster.config import RouterSettings
 from cluster.errors import InvalidData, InvalidInput
 from cluster.messages import NONE_DOMAIN, check_domain_name
 from cluster.router.encoder import NOVEL_WIDTH, Encoder, Encoding, join
-from cluster.router.episodes import draw_episode
+from cluster.router.episodes import Episode, draw_episode
 from cluster.router.features import NUM_SLOTS, TextFeatures, collate
 from cluster.router.head import Head, domain_logits
 from cluster.router.lexicon import count
 from cluster.router.policy import Policy
+from cluster.router.run_state import fits, restore, state_of
 from cluster.router.sentence_encoder import SentenceEncoder, read
 from cluster.router.sentence_model import SentenceModel, find_sentence_model
 from cluster.router.teaching import Teaching
 from cluster.router.tiny_ada import TinyAda
 from cluster.router.topics import Topics
+from cluster.router.tuning import Tuning, kinds_of
 from cluster.router.word_vectors import WORD_WIDTH, WordVectors
 
 PARAMETER_FLOOR = 262_144
@@ -45,10 +47,17 @@ _SHARE_OF_WORDS = 0.3
 
 _ENCODE_BATCH = 256
 _CHECKPOINT = "router_fit.safetensors"
+_TUNING = "tuning."
+
+
+_SENTENCE_WEIGHT = 0.5
+"""Of the loss of the sentence alone. The n-grams learn the training texts by heart, and then nothing is left from which
+the sentence's projection could learn."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Labelled:
+    texts: Sequence[str]
     features: list[TextFeatures]
     labels_B: Tensor
 
@@ -80,12 +89,18 @@ class RouterFit:
             raise InvalidData("The router has no domain to learn; give texts of at least one.")
         self.settings = settings
         self._sentences, self._teacher = _models(settings, sentences)
-        self.num_steps = settings.steps
-        self._train = self._labelled("training", texts, domains, self._sentences or self._teacher)
+        self._train = self._labelled("training", texts, domains, self._teacher)
         self._topics = Topics(self._train.labels_B, topics, len(self.domains), settings.prototypes_per_domain)
-        self._val = self._labelled("validation", val_texts, val_domains, self._sentences)
+        self._val = self._labelled("validation", val_texts, val_domains, None)
         if not bool((self._val.labels_B < len(self.domains)).any()):
             raise InvalidData("There is no validation text of any domain; the router needs some to calibrate.")
+        self._tuning = None
+        if self._sentences is not None:
+            kinds_N = kinds_of(self._train.labels_B, topics, len(self.domains))
+            self._tuning = Tuning(self._sentences, texts, kinds_N, settings.seed)
+            self._sentences = self._tuning.model
+        self._num_tuning = 0 if self._tuning is None else self._tuning.num_steps
+        self.num_steps = self._num_tuning + settings.steps
         self._build(texts, self._num_trained(num_base_parameters))
         self._num_done = 0
         self._rng = torch.Generator().manual_seed(settings.seed)
@@ -99,7 +114,7 @@ class RouterFit:
         strange = sorted(set(domains) - set(numbers))
         if strange:
             raise InvalidData(f"The {what} texts name {strange[0]!r}, which no training text does; add some to both.")
-        return _Labelled(read(texts, sentences), torch.tensor([numbers[name] for name in domains]))
+        return _Labelled(texts, read(texts, sentences), torch.tensor([numbers[name] for name in domains]))
 
     def _num_trained(self, num_base_parameters: int) -> int:
         """How many parameters may be trained, beside the pretrained ones."""
@@ -145,15 +160,48 @@ class RouterFit:
         return self.settings.batch_size
 
     def step(self) -> float:
-        """One optimizer step; returns its loss, in nats. The learning rate falls along half a cosine."""
+        """One optimizer step, of the sentence encoder first, then of all else; returns its loss, in nats."""
+        loss = self._tune() if self._tuning is not None and self._num_done < self._num_tuning else self._learn()
+        self._num_done += 1
+        return loss
+
+    def _tune(self) -> float:
+        assert self._tuning is not None
+        loss = self._tuning.step()
+        if self._num_done + 1 == self._num_tuning:
+            self._read_sentences()
+        return loss
+
+    def _read_sentences(self) -> None:
+        """Each text once, now that what reads them stays as it is."""
+        for part in (self._train, self._val):
+            part.features[:] = read(part.texts, self._sentences)
+        if isinstance(self.encoder, SentenceEncoder):
+            vectors = [text.sentence_S for text in self._train.features if text.sentence_S is not None]
+            self.encoder.orient(torch.from_numpy(np.stack(vectors)))
+
+    def _learn(self) -> float:
+        """The learning rate falls along half a cosine."""
         settings, num_domains = self.settings, len(self.domains)
-        progress = min(self._num_done / self.num_steps, 1.0)
+        progress = min((self._num_done - self._num_tuning) / settings.steps, 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
         drawn_B = torch.multinomial(self._draw_weights_B, settings.batch_size, replacement=True, generator=self._rng)
         batch = collate([self._train.features[index] for index in drawn_B.tolist()])
         episode = draw_episode(batch, self._train.labels_B[drawn_B], self._counted, num_domains, settings, self._rng)
         encoding = self.encoder(batch, episode.hidden_N, episode.silent_N)
+        loss = self._loss(encoding, episode, drawn_B)
+        if isinstance(self.encoder, SentenceEncoder):
+            loss = loss + _SENTENCE_WEIGHT * self._loss(self.encoder.without_ngrams(batch, encoding), episode, drawn_B)
+        if self._teaching is not None:
+            loss = loss + self._teaching.loss(encoding.z_BW, batch, episode.labels_B < num_domains)
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        self._optimizer.step()
+        return loss.item()
+
+    def _loss(self, encoding: Encoding, episode: Episode, drawn_B: Tensor) -> Tensor:
+        """Cross entropy over domains and none and, where topics are known, over all of these and none; in nats."""
         prototypes_DPW = nn.functional.normalize(self.proxies_DPW, dim=-1)
         logits_BD = domain_logits(encoding.z_BW, prototypes_DPW, self._topics.num_rows_D)
         none_B1 = self.head.none_logit(encoding)[:, None]
@@ -161,17 +209,13 @@ class RouterFit:
         loss = nn.functional.cross_entropy(logits_BC, episode.labels_B)
         if self._topics.are_known:
             loss = loss + self._topics.loss(encoding.z_BW, prototypes_DPW, none_B1, episode, drawn_B)
-        if self._teaching is not None:
-            loss = loss + self._teaching.loss(encoding.z_BW, batch, episode.labels_B < num_domains)
-        self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        self._optimizer.step()
-        self._num_done += 1
-        return loss.item()
+        return loss
 
     @torch.no_grad()
     def finish(self) -> TinyAda:
         """The router as trained so far, calibrated on the validation texts. Training may go on afterwards."""
+        if self._num_done < self._num_tuning:
+            self._read_sentences()
         encoder, head = copy.deepcopy(self.encoder), copy.deepcopy(self.head)
         for index, rows_PW in enumerate(nn.functional.normalize(self.proxies_DPW, dim=-1)):
             num_rows = int(self._topics.num_rows_D[index])
@@ -202,9 +246,9 @@ class RouterFit:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that changes from step to step, the optimizer and the random state included, as plain tensors."""
-        state = {f"parameter.{index}": parameter.detach().clone() for index, parameter in enumerate(self._trained)}
-        for index, moments in self._optimizer.state_dict()["state"].items():
-            state.update({f"optimizer.{index}.{name}": value.clone() for name, value in moments.items()})
+        state = state_of(self._trained, self._optimizer)
+        if self._tuning is not None:
+            state |= {f"{_TUNING}{name}": value for name, value in self._tuning.state_dict().items()}
         state["random"] = self._rng.get_state()
         state["num_done"] = torch.tensor(self._num_done)
         state["row_slots"] = self._counted.lexicon.row_slots.clone()
@@ -216,23 +260,17 @@ class RouterFit:
 
         Raises `InvalidData` when the state comes from other texts, domains or settings.
         """
-        parameters = [state.get(f"parameter.{index}") for index in range(len(self._trained))]
-        fits = [
-            value is not None and value.shape == own.shape for value, own in zip(parameters, self._trained, strict=True)
-        ]
-        if not all(fits) or not torch.equal(state["row_slots"], self._counted.lexicon.row_slots):
+        tuning = {name.removeprefix(_TUNING): value for name, value in state.items() if name.startswith(_TUNING)}
+        is_whole = fits(self._trained, state) and (self._tuning is None or self._tuning.fits(tuning))
+        if not is_whole or not torch.equal(state["row_slots"], self._counted.lexicon.row_slots):
             raise InvalidData("The router's checkpoint comes from other texts or settings; delete it and start again.")
-        for own, index in zip(self._trained, range(len(self._trained)), strict=True):
-            own.copy_(state[f"parameter.{index}"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            if name.startswith("optimizer."):
-                _, index_text, moment = name.split(".")
-                moments.setdefault(int(index_text), {})[moment] = value.clone()
-        optimizer_state = self._optimizer.state_dict()
-        self._optimizer.load_state_dict({**optimizer_state, "state": moments})
+        restore(self._trained, self._optimizer, state)
+        if self._tuning is not None:
+            self._tuning.load_state_dict(tuning)
         self._rng.set_state(state["random"])
         self._num_done = int(state["num_done"])
+        if self._tuning is not None and self._num_done >= self._num_tuning:
+            self._read_sentences()
 
     def save(self, folder: Path) -> None:
         """Write `state_dict` into `folder`, which exists."""

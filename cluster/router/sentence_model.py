@@ -1,9 +1,10 @@
-"""Text -> one vector, by a pretrained sentence encoder in Hugging Face's format that is never trained further.
+"""Text -> one vector, by a pretrained sentence encoder in Hugging Face's format.
 
 Only safetensors and JSON are read, and no code of a package that carries a model is run. Knows nothing of domains.
 Letters: B texts, T tokens, S width of the vector.
 """
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from importlib import metadata
@@ -66,7 +67,7 @@ def _in_package(name: str) -> Path:
 
 
 class SentenceModel:
-    """A frozen encoder. Copies share it: it never changes."""
+    """A frozen encoder, which its copies share; what `thawed` gives is not frozen, but its copies are."""
 
     def __init__(self, model: "PreTrainedModel", tokenizer: Tokenizer) -> None:
         """Takes the model and the tokenizer as its own."""
@@ -80,7 +81,7 @@ class SentenceModel:
         self.width = int(model.config.hidden_size)
 
     def __deepcopy__(self, _: dict[int, object]) -> "SentenceModel":
-        return self
+        return SentenceModel(copy.deepcopy(self._model), self._tokenizer) if self.trained() else self
 
     @property
     def num_parameters(self) -> int:
@@ -93,13 +94,33 @@ class SentenceModel:
 
         A text's vector does not depend on the others, but for rounding.
         """
+        return self.vectors(texts, _BATCH)
+
+    def vectors(self, texts: Sequence[str], at_once: int = 16) -> Tensor:
+        """What `embed` gives, differentiable where the model is thawed; so many texts are read at once."""
         ids = [self._ids(text) for text in texts]
         by_length = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        vectors_BS = torch.zeros(len(ids), self.width)
-        for start in range(0, len(ids), _BATCH):
-            part = by_length[start : start + _BATCH]
-            vectors_BS[part] = self._mean([ids[index] for index in part])
-        return nn.functional.normalize(vectors_BS, dim=1)
+        parts = [by_length[start : start + at_once] for start in range(0, len(ids), at_once)]
+        means = [self._mean([ids[index] for index in part]) for part in parts]
+        means_BS = torch.cat([torch.zeros(0, self.width), *means])
+        return nn.functional.normalize(means_BS[torch.tensor(by_length, dtype=torch.long).argsort()], dim=1)
+
+    def num_tokens(self, text: str) -> int:
+        """As many as are read of it."""
+        return len(self._ids(text))
+
+    def thawed(self, num_layers: int) -> "SentenceModel":
+        """A copy whose last layers are to be trained."""
+        made = SentenceModel(copy.deepcopy(self._model), self._tokenizer)
+        # What the layers are called differs between architectures; nothing else comes in so many of a kind.
+        lists = [part for part in nn.Module.modules(made._model) if isinstance(part, nn.ModuleList)]
+        for layer in max(lists, key=len)[-num_layers:]:
+            layer.requires_grad_(True)
+        return made
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is to be trained, of a thawed model."""
+        return [parameter for parameter in nn.Module.parameters(self._model) if parameter.requires_grad]
 
     def _ids(self, text: str) -> list[int]:
         # Half a surrogate pair is no text that the tokenizer could take.

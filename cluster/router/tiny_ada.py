@@ -24,7 +24,13 @@ from cluster.router.calibration import fit_temperature, fit_threshold
 from cluster.router.conversation import Turn, settle
 from cluster.router.encoder import NOVEL_WIDTH, Encoder, Encoding, join
 from cluster.router.features import collate
-from cluster.router.few_shot import few_shot_logits, few_shot_offset, few_shot_prototypes
+from cluster.router.few_shot import (
+    LENGTH_BESIDE_SENTENCE,
+    VECTOR_LENGTH,
+    few_shot_logits,
+    few_shot_offset,
+    few_shot_prototypes,
+)
 from cluster.router.head import Head, keys
 from cluster.router.lexicon import Lexicon
 from cluster.router.one_call import OneCall
@@ -146,7 +152,8 @@ class TinyAda(nn.Module):
         if topics is not None and len(topics) != len(examples):
             raise InvalidInput(f"There are {len(examples)} examples and {len(topics)} topics; give a topic for each.")
         encoding = self._encode_all(examples)
-        given = (keys(encoding), self.encoder.width, self._num_rows, topics)
+        vector_length = LENGTH_BESIDE_SENTENCE if isinstance(self.encoder, SentenceEncoder) else VECTOR_LENGTH
+        given = (keys(encoding), self.encoder.width, self._num_rows, topics, vector_length)
         rows_PV = few_shot_prototypes(*given)
         none_N = self.head.none_logit(encoding) + self.head.none_offset + self.policy.threshold * self.head.temperature
         grown = self._fork()

@@ -36,7 +36,8 @@ def train_router(settings: StageSettings, run: Run) -> None:
     train, val = (router_rows(data, split, recipe.train_rows_per_domain) for split in ("train", "val"))
     if recipe.router.sentence_encoder is not None:
         folder = find_sentence_model(recipe.router.sentence_encoder)
-        run.say(f"the sentence encoder in {folder.name} reads {len(train) + len(val):,} prompts, each once")
+        num_prompts = len(train) + len(val)
+        run.say(f"the sentence encoder in {folder.name} is tuned, and then reads {num_prompts:,} prompts, each once")
     topics = [row.topic for row in train]
     fit = RouterFit(*router_columns(train), *router_columns(val), recipe.router, base.num_parameters, topics)
     num_threads = torch.get_num_threads()

@@ -82,6 +82,11 @@ def test_what_is_saved_is_what_is_loaded(sentences: SentenceModel, tmp_path: Pat
 
 def test_copies_share_the_weights(sentences: SentenceModel) -> None:
     assert copy.deepcopy({"encoder": sentences})["encoder"] is sentences
+    thawed = sentences.thawed(1)
+    copied = copy.deepcopy(thawed)
+    assert copied is not thawed
+    assert thawed.trained()
+    assert not copied.trained()
 
 
 def test_only_a_whole_model_is_found(folder: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from cluster.training.starter.generate import generate_starter
 from tests.router.small_bert import write_small_bert
 from tests.training.runs import FolderRun, Stopped
 
+_TUNED = "encoder.layer.1.output.dense.weight"
 RECIPE = Recipe(
     base=BaseSettings(size="nano", num_steps=6, tokens_per_batch=256),
     adapters=AdapterSettings(rank=2, num_steps=4, tokens_per_batch=128),
@@ -101,9 +102,10 @@ def test_all_stages_publish_in_order_and_a_resumed_run_equals_the_unbroken_one(t
     assert {of["data"] for of in made.values()} == {data_digest(data)}
 
 
-def test_stages_take_a_pretrained_encoder_and_leave_it_as_it_is(tmp_path: Path, data: Path) -> None:
+def test_stages_tune_a_pretrained_encoder_and_leave_what_is_given_as_it_is(tmp_path: Path, data: Path) -> None:
     (tmp_path / "small-bert").mkdir()
     bert = write_small_bert(tmp_path / "small-bert")
+    given = load_file(bert / "model.safetensors")
     router = RECIPE.router.model_copy(update={"sentence_encoder": str(bert)})
     recipe = RECIPE.model_copy(update={"router": router})
     for name, stage in STAGES.items():
@@ -113,11 +115,16 @@ def test_stages_take_a_pretrained_encoder_and_leave_it_as_it_is(tmp_path: Path, 
     assert isinstance(first.encoder, SentenceEncoder)
     assert isinstance(second.encoder, SentenceEncoder)
     assert not torch.equal(first.encoder.projection.weight, second.encoder.projection.weight), "trained jointly"
-    given = load_file(bert / "model.safetensors")
-    for version in versions:
-        kept = load_file(version / "sentence_encoder" / "model.safetensors")
-        assert given.keys() == kept.keys()
-        assert all(torch.equal(given[name], kept[name]) for name in given)
+    one, two = (load_file(version / "sentence_encoder" / "model.safetensors") for version in versions)
+    assert one.keys() == two.keys() == given.keys()
+    assert all(torch.equal(one[name], two[name]) for name in given), "the joint stage leaves it alone"
+    # Of the small BERT's two layers both are the last two.
+    assert {name for name in given if not torch.equal(one[name], given[name])} <= {
+        name for name in given if name.startswith("encoder.layer.")
+    }
+    assert not torch.equal(one[_TUNED], given[_TUNED])
+    kept = load_file(bert / "model.safetensors")
+    assert all(torch.equal(kept[name], given[name]) for name in given)
 
 
 def test_a_joint_stage_that_costs_a_domain_publishes_nothing(tmp_path: Path, data: Path) -> None:
