@@ -79,6 +79,10 @@ class RouterSettings(_Settings):
     feature_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of all features that a step leaves out, each by itself: what many texts teach must not hang on one of them.
     Few texts need each that they have; with hundreds per domain, 0.4 is better."""
+    word_omission: float = Field(default=0.0, ge=0, le=0.5)
+    """Words other than keywords are left out whole, without being taken for never seen, with a rate drawn anew for each
+    prompt between 0 and twice this. A word's runs of letters repeat it, so that hardly any word is gone when features
+    are left out one by one. Where prompts are long, 0.3 is better."""
     outlier_rate: float = Field(default=0.25, ge=0, lt=1)
     """Share of the prompts of a step that lose their keywords, and then teach none."""
     outlier_dropout: float = Field(default=0.2, ge=0, le=1)
@@ -86,7 +90,8 @@ class RouterSettings(_Settings):
     sketch_share: float = Field(default=0.0, ge=0, le=0.95)
     """Length of the sketch of rare words in a trained domain's prototypes, beside their vector's of 1; 0 leaves it out.
     With hundreds of texts per domain, 0.5 makes a domain that is added from examples take less from those that know
-    their own words."""
+    their own words. Only where the data names topics: the texts of a prototype that found its share by itself have few
+    rare words in common, and their sketch is mostly noise."""
     sentence_encoder: str | None = None
     """Folder of a pretrained sentence encoder in Hugging Face's format, or an installed package that carries one, to
     stand beside the n-grams; none by default. For bases of half a billion parameters and more."""

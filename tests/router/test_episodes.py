@@ -69,3 +69,15 @@ def test_pairs_are_hidden_alone(counted: Counted) -> None:
     always = ~counted.repeated[batch.slots_N]
     assert torch.equal(episode.hidden_N[~pairs], always[~pairs])
     assert 0.3 < float(episode.hidden_N[pairs].float().mean()) < 0.8
+
+
+def test_words_are_left_out_whole_but_for_keywords(counted: Counted) -> None:
+    batch, labels, episode = _draw(counted, seed=0, word_omission=0.4)
+    num_features_W = torch.bincount(batch.words_N, minlength=batch.num_words)
+    num_silent_W = torch.bincount(batch.words_N[episode.silent_N], minlength=batch.num_words)
+    assert set((num_silent_W / num_features_W).tolist()) == {0.0, 1.0}
+    assert 0.1 < float((num_silent_W > 0).float().mean()) < 0.5
+    keyword = int(extract("table").slots_N[0])
+    assert not episode.silent_N[batch.slots_N == keyword].any()
+    assert torch.equal(episode.labels_B, labels), "what is left still tells the domain"
+    assert torch.equal(episode.hidden_N, ~counted.repeated[batch.slots_N]), "nor is it taken for never seen"
