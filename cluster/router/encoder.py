@@ -21,8 +21,7 @@ _NOVEL_ROWS = 4096
 _NOVEL_SEED = 5
 _NOVEL_SHARES = {WORD: 0.35, PAIR: 0.15, CHARACTERS: 0.5}
 """Of the sketch's squared length, by kind of feature."""
-_INITIAL_STD = 0.002
-"""Small beside what training adds, so that a rare feature's row is what was learned of it and not chance."""
+_INITIAL_STD = 0.05
 _LENGTH_FLOOR = 0.1
 _SQUARE_FLOOR = 1e-12
 
@@ -42,9 +41,7 @@ class Encoding:
 
 
 class Encoder(nn.Module):
-    """A bag of feature vectors, weighted by rarity as in TF-IDF, then a feed-forward block beside the identity, then a
-    unit vector.
-    """
+    """A bag of feature vectors, then a feed-forward block beside the identity, then a unit vector."""
 
     def __init__(self, lexicon: Lexicon, num_rows: int, width: int, words: WordVectors | None = None) -> None:
         """`num_rows` may exceed the lexicon's rows when training saw fewer features; the rest stay unused.
@@ -92,14 +89,13 @@ class Encoder(nn.Module):
         num_cells = batch.num_texts * NUM_KINDS
         all_C = torch.bincount(cells_N, minlength=num_cells)
         known_C = torch.bincount(cells_N[rows_N != UNKNOWN], minlength=num_cells)
-        # Of length 1 with all features of the kind, also the unknown: what is unknown dilutes what is known.
-        rarity_N = self.lexicon.rarities[rows_N]
-        square_C = torch.bincount(cells_N, rarity_N.square(), minlength=num_cells)
-        weights_N = rarity_N * square_C.clamp(min=_SQUARE_FLOOR).rsqrt()[cells_N]
-        bag_BW = _bag(self.table.weight, rows_N, batch, rows_N >= 0, weights_N)
+        # Divided by all features of the kind, also the unknown: what is unknown dilutes what is known.
+        weights_N = all_C.float().rsqrt()[cells_N]
+        kept_N = rows_N >= 0
+        bag_BW = _bag(self.table.weight, rows_N, batch, kept_N, weights_N)
         length_B1 = torch.linalg.vector_norm(bag_BW, dim=1, keepdim=True)
         if self.words is not None:
-            bag_BW = bag_BW + self.words(batch, all_C.float().rsqrt()[cells_N])
+            bag_BW = bag_BW + self.words(batch, weights_N)
         h_BW = bag_BW + self.down(nn.functional.gelu(self.up(bag_BW)))
         all_BK = all_C.view(-1, NUM_KINDS)
         share_BK = known_C.view(-1, NUM_KINDS) / all_BK.clamp(min=1)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -43,11 +42,6 @@ MOST_SHARE_OF_BASE = 0.05
 
 _SHARE_OF_WORDS = 0.3
 """Of the router's parameters, those that may be the numbers of words taken from a teacher."""
-
-_TABLE_EPSILON = 0.01
-"""Adam's for the rows of features, far above their gradients' root mean square: they move in proportion to these, as by
-gradient descent with momentum (Choi et al. 2019, arXiv 1910.05446). With Adam's usual one a feature of two texts would
-move as far as one of a thousand, by which training texts are learned by heart."""
 
 _ENCODE_BATCH = 256
 _CHECKPOINT = "router_fit.safetensors"
@@ -140,10 +134,7 @@ class RouterFit:
         self._trained = [*self.encoder.parameters(), *self.head.parameters(), self.proxies_DPW]
         if self._teaching is not None:
             self._trained += self._teaching.parameters()
-        table = ngrams.table.weight
-        others = [parameter for parameter in self._trained if parameter is not table]
-        groups: list[dict[str, Any]] = [{"params": [table], "eps": _TABLE_EPSILON}, {"params": others}]
-        self._optimizer = torch.optim.Adam(groups, lr=self.settings.learning_rate, fused=True)
+        self._optimizer = torch.optim.Adam(self._trained, lr=self.settings.learning_rate, fused=True)
         # Between drawing by rows, where a small domain drowns, and by domains, where it is learned by heart.
         sizes = np.bincount(labels, minlength=num_domains + 1)
         self._draw_weights_B = torch.from_numpy(1 / np.sqrt(sizes[labels]))

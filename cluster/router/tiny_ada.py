@@ -318,8 +318,7 @@ class _Saved(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[2] = 2
-    """1 weighed features otherwise."""
+    format: Literal[1] = 1
     domains: tuple[str, ...]
     num_table_rows: int = Field(ge=1, le=2**28)
     width: int = Field(ge=1, le=2**16)

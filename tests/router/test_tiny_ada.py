@@ -156,7 +156,7 @@ def test_damaged_files_are_refused(ada: TinyAda, tmp_path: Path) -> None:
     config, tensors = tmp_path / "router.json", tmp_path / "router.safetensors"
     good_config, good_tensors = config.read_text(), tensors.read_bytes()
     saved = json.loads(good_config)
-    for change in ({"domains": saved["domains"][:-1]}, {"width": 16}, {"surprise": 1}, {"format": 1}):
+    for change in ({"domains": saved["domains"][:-1]}, {"width": 16}, {"surprise": 1}, {"format": 2}):
         config.write_text(json.dumps({**saved, **change}))
         with pytest.raises(CorruptArtifact):
             TinyAda.load(tmp_path)

@@ -87,37 +87,35 @@ inline void encode(const TextEncoder& encoder, const int64_t* slots, const int64
     thread_local std::vector<int32_t> rows;
     thread_local std::vector<float> bag, words;
     rows.resize(count);
-    float all[KINDS] = {}, known[KINDS] = {}, squares[KINDS] = {}, sketch_squares[KINDS] = {};
+    float all[KINDS] = {}, known[KINDS] = {}, squares[KINDS] = {};
     for (int64_t i = 0; i < count; i++) {
         const int32_t row = rows[i] = encoder.lexicon[slots[i]];
         const float rarity = encoder.rarities[row >= 0 ? row : num_rows + 2 + row];
         all[kinds[i]] += 1;
         known[kinds[i]] += row != UNKNOWN;
-        squares[kinds[i]] += rarity * rarity;
-        sketch_squares[kinds[i]] += rarity * rarity * rarity * rarity;
+        squares[kinds[i]] += rarity * rarity * rarity * rarity;
         if (row >= 0) __builtin_prefetch(encoder.table + row * width);
         __builtin_prefetch(encoder.directions + slots[i] % encoder.num_directions * encoder.sketch_width);
     }
     float weights[KINDS], sketch_weights[KINDS];
     for (int kind = 0; kind < KINDS; kind++) {
-        weights[kind] = 1.0f / std::sqrt(std::max(squares[kind], SQUARE_FLOOR));
-        sketch_weights[kind] = std::sqrt(encoder.shares[kind] / std::max(sketch_squares[kind], SQUARE_FLOOR));
+        weights[kind] = all[kind] ? 1.0f / std::sqrt(all[kind]) : 0.0f;
+        sketch_weights[kind] = std::sqrt(encoder.shares[kind] / std::max(squares[kind], SQUARE_FLOOR));
     }
-    const float word_weight = 1.0f / std::sqrt(std::max(all[WORD_KIND], 1.0f));
     bag.assign(width, 0.0f);
     words.assign(encoder.words_block.inputs, 0.0f);
     out.sketch.assign(encoder.sketch_width, 0.0f);
     for (int64_t i = 0; i < count; i++) {
         const int32_t row = rows[i];
         const float rarity = encoder.rarities[row >= 0 ? row : num_rows + 2 + row];
-        if (row >= 0) add_scaled(bag.data(), encoder.table + row * width, rarity * weights[kinds[i]], width);
+        if (row >= 0) add_scaled(bag.data(), encoder.table + row * width, weights[kinds[i]], width);
         const float* direction = encoder.directions + slots[i] % encoder.num_directions * encoder.sketch_width;
         add_scaled(out.sketch.data(), direction, rarity * rarity * sketch_weights[kinds[i]], encoder.sketch_width);
         const int32_t word = encoder.word_numbers && kinds[i] == WORD_KIND ? encoder.word_numbers[slots[i]] : -1;
         if (word < 0) continue;
         const int64_t word_width = encoder.words_block.inputs;
         for (int64_t j = 0; j < word_width; j++)
-            words[j] += word_weight * from_half(encoder.word_vectors[word * word_width + j]);
+            words[j] += weights[WORD_KIND] * from_half(encoder.word_vectors[word * word_width + j]);
     }
     make_unit(out.sketch.data(), encoder.sketch_width);
 
