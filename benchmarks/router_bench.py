@@ -38,6 +38,7 @@ SETTINGS = RouterSettings(
     width=128,
     steps=1200,
     feature_dropout=0.4,
+    word_omission=0.3,
     word_dropout=0.1,
     outlier_rate=0.1,
     hidden_domain_rate=0.25,

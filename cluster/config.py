@@ -84,6 +84,9 @@ class RouterSettings(_Settings):
     feature_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of all features that a step leaves out, each by itself: what many texts teach must not hang on one of them.
     Few texts need each that they have; with hundreds per domain, 0.4 is better."""
+    word_omission: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of words left out whole, drawn anew for each prompt between 0 and twice this; of short prompts fewer, and
+    no keywords (decision 34). With hundreds of texts per domain, 0.3 is better."""
     outlier_rate: float = Field(default=0.25, ge=0, lt=1)
     """Share of the prompts of a step that lose their keywords, and then teach none."""
     outlier_dropout: float = Field(default=0.2, ge=0, le=1)
@@ -91,13 +94,12 @@ class RouterSettings(_Settings):
     sketch_share: float = Field(default=0.0, ge=0, le=0.95)
     """Length of the sketch of rare words in a trained domain's prototypes, beside their vector's of 1; 0 leaves it out.
     With hundreds of texts per domain, 0.5 makes a domain that is added from examples take less from those that know
-    their own words."""
+    their own words. Only where the data names topics."""
     sentence_encoder: str | None = None
     """Folder of a pretrained sentence encoder in Hugging Face's format, or an installed package that carries one, to
     be tuned to the texts and to stand beside the n-grams; none by default. For bases of 0.5B parameters and more."""
     teacher: str | None = None
-    """The same, but read in training only: tiny ada learns from it where texts and words lie, and stays as fast as
-    without. For bases of any size."""
+    """The same, but read in training only: tiny ada learns from it where texts and words lie. For bases of any size."""
     target_false_rejection: float = Field(default=0.01, gt=0, lt=1)
     """Share of a domain's prompts, in validation data, that the threshold may turn away as none."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -160,8 +162,7 @@ class AdapterSettings(_Settings):
     learned_loss: float = Field(default=0.005, ge=0)
     """A domain whose mean loss over eight steps lies below this is learned and takes no further steps."""
     patience: int | None = Field(default=None, ge=1)
-    """So many measurements in a row on the validation rows that are no better end a domain, at its best weights; None
-    measures none."""
+    """So many measurements in a row on the validation rows that are no better end a domain, at its best weights."""
     validate_every_steps: int = Field(default=10, ge=1)
     """With `patience`: steps of a domain between two measurements."""
     domains: dict[str, DomainAdapterSettings] = {}
@@ -298,8 +299,7 @@ class AppSettings(_Settings):
     """What `serve run deployments:app key=value ...` takes, and `args` in ray_config.yaml."""
 
     root: str | None = None
-    """Folder or bucket (s3://, gs://, az://) of a trained system; by default artifacts/starter, or the root that `base`
-    lies in."""
+    """Folder or bucket (s3://, gs://, az://) of a system; by default artifacts/starter, or what `base` lies in."""
     base: str | None = None
     """Another causal language model in Hugging Face's format: a folder, or an id on the hub."""
     quantization: Quantization | None = None

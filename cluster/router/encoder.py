@@ -55,6 +55,9 @@ class Encoder(nn.Module):
         self.down = nn.Linear(2 * width, width)
         self.words = words
         nn.init.normal_(self.table.weight, std=_INITIAL_STD)
+        # The block starts as the identity.
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
         # Fixed, not learned: a domain added from examples is recognised by words that training never saw.
         directions = torch.randn(_NOVEL_ROWS, NOVEL_WIDTH, generator=torch.Generator().manual_seed(_NOVEL_SEED))
         self.register_buffer("novel_table", directions / NOVEL_WIDTH**0.5, persistent=False)

@@ -19,6 +19,10 @@ _KEYWORD_SHARE = 0.25
 """A word with more than this share of what a prompt's words say of its domain is a keyword."""
 
 
+_LONG = 40
+"""Prompts of so many words, or more, are left out of at the full rate."""
+
+
 @dataclass(frozen=True, slots=True)
 class Episode:
     """One step's view of its batch."""
@@ -42,6 +46,7 @@ def draw_episode(
     rng: torch.Generator,
 ) -> Episode:
     """Hide features of a single text, words, pairs, and at times whole domains with all features that only they have.
+    Leave out features, and words with all of theirs.
 
     Prompts of hidden domains, and prompts that lost their keywords (a share of `outlier_rate` of all), teach none.
     """
@@ -67,6 +72,12 @@ def draw_episode(
     silent_N = torch.zeros_like(hidden_N)
     if settings.feature_dropout:
         silent_N = torch.rand(len(batch.slots_N), generator=rng) < settings.feature_dropout
+    if settings.word_omission:
+        omission_B = 2 * settings.word_omission * torch.rand(batch.num_texts, generator=rng)
+        # Of few words each is needed.
+        omission_B *= (text_W.bincount(minlength=batch.num_texts) / _LONG).clamp(max=1)
+        omitted_W = ~keyword_W & (torch.rand(batch.num_words, generator=rng) < omission_B[text_W])
+        silent_N |= omitted_W[batch.words_N]
     none_B = outlier_B | torch.cat((hidden_D, torch.ones(1, dtype=torch.bool)))[labels_B]
     return Episode(hidden_N, silent_N, hidden_D, torch.where(none_B, num_domains, labels_B))
 

@@ -223,7 +223,7 @@ class RouterFit:
         ada = TinyAda(self.domains, encoder, head, Policy(0.0)).eval()
         held_out = self._encode(self._val.features)
         ada.calibrate(held_out, self._val.labels_B, self.settings.target_false_rejection)
-        if self.settings.sketch_share:
+        if self.settings.sketch_share and self._topics.are_known:
             self._add_sketches(ada)
             ada.level_none(held_out, self._val.labels_B)
             ada.calibrate(held_out, self._val.labels_B, self.settings.target_false_rejection)

@@ -10,7 +10,7 @@ from cluster.router.fit import RouterFit
 from cluster.router.tiny_ada import TinyAda
 from tests.router.prompts import prompts
 
-SETTINGS = RouterSettings(steps=80, batch_size=64, prototypes_per_domain=4)
+SETTINGS = RouterSettings(steps=120, batch_size=64, prototypes_per_domain=4)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.router import episodes
 from cluster.router.episodes import Episode, draw_episode
-from cluster.router.features import PAIR, FeatureBatch, collate, extract
+from cluster.router.features import PAIR, WORD, FeatureBatch, collate, extract
 from cluster.router.lexicon import Counted, count
 from tests.router.conftest import SETTINGS
 from tests.router.prompts import DOMAINS, prompts
@@ -69,3 +70,29 @@ def test_pairs_are_hidden_alone(counted: Counted) -> None:
     always = ~counted.repeated[batch.slots_N]
     assert torch.equal(episode.hidden_N[~pairs], always[~pairs])
     assert 0.3 < float(episode.hidden_N[pairs].float().mean()) < 0.8
+
+
+def test_words_are_left_out_whole_but_for_keywords(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(episodes, "_LONG", 1)
+    batch, labels, episode = _draw(counted, seed=0, word_omission=0.4)
+    num_features_W = torch.bincount(batch.words_N, minlength=batch.num_words)
+    num_silent_W = torch.bincount(batch.words_N[episode.silent_N], minlength=batch.num_words)
+    assert set((num_silent_W / num_features_W).tolist()) == {0.0, 1.0}
+    assert 0.1 < float((num_silent_W > 0).float().mean()) < 0.5
+    keyword = int(extract("table").slots_N[0])
+    assert not episode.silent_N[batch.slots_N == keyword].any()
+    assert torch.equal(episode.labels_B, labels), "what is left still tells the domain"
+    assert torch.equal(episode.hidden_N, ~counted.repeated[batch.slots_N]), "nor is it taken for never seen"
+
+
+def test_of_long_prompts_more_words_are_left_out(counted: Counted) -> None:
+    texts = [" ".join(f"word{number}x" for number in range(length)) for length in [4, 60] * 300]
+    batch, labels = collate([extract(text) for text in texts]), torch.full((600,), NONE)
+    settings = SETTINGS.model_copy(update={"word_omission": 0.4})
+    episode = draw_episode(batch, labels, counted, NONE, settings, torch.Generator().manual_seed(0))
+    is_long = batch.texts_N % 2 == 1
+    short, long = (
+        float(episode.silent_N[(batch.kinds_N == WORD) & part].float().mean()) for part in (~is_long, is_long)
+    )
+    assert long == pytest.approx(0.4, abs=0.04)
+    assert short == pytest.approx(0.4 * 4 / episodes._LONG, abs=0.02)

@@ -140,7 +140,9 @@ def test_each_part_of_a_prototype_keeps_its_length() -> None:
 def test_trained_domains_may_know_their_own_words() -> None:
     """A sketch is added to what was trained, none rises as far, and domains are told as well as before."""
     settings = SETTINGS.model_copy(update={"sketch_share": 0.5})
-    fit = RouterFit(*prompts("train", 60), *prompts("val", 20), settings, num_base_parameters=1_000_000)
+    train = prompts("train", 60)
+    topics = [text.split()[0] for text in train[0]]
+    fit = RouterFit(*train, *prompts("val", 20), settings, num_base_parameters=1_000_000, topics=topics)
     for _ in range(fit.num_steps):
         fit.step()
     sketched = fit.finish()
@@ -161,3 +163,10 @@ def test_trained_domains_may_know_their_own_words() -> None:
         margins.append(float((raw.gather(1, labels[:, None])[:, 0] - raw[:, -1]).mean()))
     assert math.isclose(*margins, abs_tol=0.5)
     assert keys(sketched.encode(texts)).shape[1] == rows.shape[2]
+
+
+def test_trained_domains_without_topics_have_no_sketches() -> None:
+    settings = SETTINGS.model_copy(update={"sketch_share": 0.5})
+    untold = RouterFit(*prompts("train", 60), *prompts("val", 20), settings, num_base_parameters=1_000_000)
+    rows = untold.finish().head.prototypes_DPV
+    assert not bool(rows[..., untold.settings.width :].any())
