@@ -24,7 +24,7 @@ app = typer.Typer(no_args_is_help=True, help="Tiny ada, the router, alone.")
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Option(help="starter or open-domains.")] = STARTER,
+    recipe: Annotated[str, typer.Option(help="starter, trial, open-domains, many-tasks or pretrained.")] = STARTER,
     data: Annotated[str | None, typer.Option(help="Folder of Parquet files; the starter makes its own.")] = None,
     root: Annotated[str | None, typer.Option(help="Where the adapters are; by default artifacts/RECIPE.")] = None,
     encoder: Annotated[
