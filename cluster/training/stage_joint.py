@@ -152,7 +152,7 @@ def _spread(log_probabilities_BN: Tensor) -> dict[str, float]:
     p_BN = log_probabilities_BN.detach().exp()
     mean_N = p_BN[:, :-1].sum(dim=0) / p_BN[:, :-1].sum()
     used = math.exp(float(torch.special.entr(mean_N).sum()))
-    return {"effective domains": used, "entropy": float(torch.special.entr(p_BN).sum(dim=1).mean())}
+    return {"effective_domains": used, "entropy": float(torch.special.entr(p_BN).sum(dim=1).mean())}
 
 
 def _draw(rows: dict[str, list[Row]], step: int, settings: StageSettings) -> list[Row]:

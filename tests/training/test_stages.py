@@ -248,7 +248,7 @@ def test_the_spread_of_a_batch_is_that_of_its_probabilities_written_out() -> Non
     p_BN = torch.tensor([[0.7, 0.1, 0.2], [0.3, 0.3, 0.4]], dtype=torch.float64)
     shares = [(0.7 + 0.3) / 1.4, (0.1 + 0.3) / 1.4]
     expected = {
-        "effective domains": math.exp(-sum(share * math.log(share) for share in shares)),
+        "effective_domains": math.exp(-sum(share * math.log(share) for share in shares)),
         "entropy": -sum(p * math.log(p) for row in p_BN.tolist() for p in row) / 2,
     }
     assert stage_joint._spread(p_BN.log()) == pytest.approx(expected)
