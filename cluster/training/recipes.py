@@ -15,7 +15,7 @@ _REAL_PROMPTS = RouterSettings(
 
 RECIPES: dict[str, Recipe] = {
     # Trained in under three minutes on two cores: the data of cluster.training.starter.
-    "starter": Recipe(),
+    "starter": Recipe(router=RouterSettings(steps=500)),
     # For a base that was trained by others: small steps, and nothing that hangs on the starter's size.
     "pretrained": Recipe(
         adapters=AdapterSettings(

@@ -59,8 +59,19 @@ def test_normalisation_and_its_gradient_are_torchs(shape: tuple[int, ...]) -> No
     torch.testing.assert_close(got.double(), slope, rtol=1e-4, atol=1e-5)
 
 
+def test_bfloat16_is_widened_on_the_way_in_and_rounded_on_the_way_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(7, 2, 16, generator=generator).bfloat16() for _ in range(3)]
+    assert can_attend(*heads)
+    expected = attend(*(head.float() for head in heads), [3, 4], 0.25).bfloat16()
+    assert torch.equal(attend(*heads, [3, 4], 0.25), expected)
+    x, weight = torch.randn(5, 16, generator=generator).bfloat16(), torch.rand(16, generator=generator).bfloat16()
+    assert can_normalize(x, weight)
+    assert torch.equal(normalize(x, weight, 1e-6), normalize(x.float(), weight.float(), 1e-6).bfloat16())
+
+
 def test_other_numbers_are_left_to_torch() -> None:
     x = torch.ones(2, 1, 16)
     assert not can_attend(x.double(), x.double(), x.double())
     assert not can_attend(*(torch.ones(2, 1, 24),) * 3)
-    assert not can_normalize(x.bfloat16(), torch.ones(16))
+    assert not can_normalize(x.double(), torch.ones(16))
