@@ -5,6 +5,7 @@ Letters: N examples, P prototypes, W width of the vector, V width of the vector 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from cluster.router.head import domain_logits
 from cluster.router.prototypes import cluster_prototypes
 
-VECTOR_LENGTH, _SKETCH_LENGTH = 0.7, 1.0
-"""Of the two parts of a prototype."""
+VECTOR_LENGTH = 0.7
+"""Of the vector in a prototype, beside the sketch's 1."""
 
 LENGTH_BESIDE_SENTENCE = 0.5
 """Of the vector, where the sketch is a sentence's, which says more."""
@@ -28,17 +29,22 @@ _EXAMPLES_TO_PASS = 0.95
 _FOLDS = 5
 
 
-def few_shot_prototypes(
-    keys_NV: Tensor,
-    width: int,
-    num_prototypes: int,
-    topics: Sequence[str] | None = None,
-    vector_length: float = VECTOR_LENGTH,
-) -> Tensor:
-    """[P, V]: one per topic; without topics, or with a single one, at most `num_prototypes` by clustering."""
-    owner_N = _owners(keys_NV, width, num_prototypes, topics, vector_length)
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """What a new domain's prototypes are like."""
+
+    width: int
+    """Numbers of a key that are its vector; the rest are its sketch."""
+    most: int
+    """Prototypes of one domain, where no topics say how many."""
+    vector_length: float = VECTOR_LENGTH
+
+
+def few_shot_prototypes(keys_NV: Tensor, shape: RowShape, topics: Sequence[str] | None = None) -> Tensor:
+    """[P, V]: one per topic; without topics, or with a single one, at most `shape.most` by clustering."""
+    owner_N = _owners(keys_NV, shape, topics)
     sums_PV = keys_NV.new_zeros(int(owner_N.max()) + 1, keys_NV.shape[1]).index_add_(0, owner_N, keys_NV)
-    return _balanced(sums_PV[owner_N.bincount() > 0], width, vector_length)
+    return _balanced(sums_PV[owner_N.bincount() > 0], shape)
 
 
 def few_shot_offset(own_N: Tensor, none_N: Tensor, known_logit: Tensor) -> Tensor:
@@ -50,13 +56,7 @@ def few_shot_offset(own_N: Tensor, none_N: Tensor, known_logit: Tensor) -> Tenso
     return torch.minimum(gap, (none_N - own_N).quantile(_EXAMPLES_TO_PASS))
 
 
-def few_shot_logits(
-    keys_NV: Tensor,
-    width: int,
-    num_prototypes: int,
-    topics: Sequence[str] | None = None,
-    vector_length: float = VECTOR_LENGTH,
-) -> Tensor:
+def few_shot_logits(keys_NV: Tensor, shape: RowShape, topics: Sequence[str] | None = None) -> Tensor:
     """[N]: the examples' logits for their own domain, each judged by prototypes that were made without it."""
     folds_N = _folds(len(keys_NV), topics)
     own_N = torch.empty(len(keys_NV))
@@ -64,20 +64,18 @@ def few_shot_logits(
         judged_N = folds_N == fold
         kept_N = ~judged_N if bool((~judged_N).any()) else judged_N
         kept_topics = topics and [topics[index] for index in kept_N.nonzero().flatten().tolist()]
-        rows_PV = few_shot_prototypes(keys_NV[kept_N], width, num_prototypes, kept_topics, vector_length)
+        rows_PV = few_shot_prototypes(keys_NV[kept_N], shape, kept_topics)
         own_N[judged_N] = domain_logits(keys_NV[judged_N], rows_PV[None], torch.tensor([len(rows_PV)]))[:, 0]
     return own_N
 
 
-def _owners(
-    keys_NV: Tensor, width: int, num_prototypes: int, topics: Sequence[str] | None, vector_length: float
-) -> Tensor:
+def _owners(keys_NV: Tensor, shape: RowShape, topics: Sequence[str] | None) -> Tensor:
     """int64 [N]: the number of each example's prototype."""
     if topics and len(set(topics)) > 1:
         numbers = {name: number for number, name in enumerate(sorted(set(topics)))}
         return torch.tensor([numbers[name] for name in topics])
-    balanced_NV = _balanced(keys_NV, width, vector_length)
-    return (balanced_NV @ cluster_prototypes(balanced_NV, num_prototypes).T).argmax(1)
+    balanced_NV = _balanced(keys_NV, shape)
+    return (balanced_NV @ cluster_prototypes(balanced_NV, shape.most).T).argmax(1)
 
 
 def _folds(num_examples: int, topics: Sequence[str] | None) -> Tensor:
@@ -91,7 +89,8 @@ def _folds(num_examples: int, topics: Sequence[str] | None) -> Tensor:
     return torch.tensor(folds)
 
 
-def _balanced(keys_NV: Tensor, width: int, vector_length: float) -> Tensor:
+def _balanced(keys_NV: Tensor, shape: RowShape) -> Tensor:
     """Both parts at the lengths that they have in a prototype."""
-    vector_NW, sketch_NU = (nn.functional.normalize(part, dim=1) for part in keys_NV.tensor_split([width], dim=1))
-    return torch.cat((vector_length * vector_NW, _SKETCH_LENGTH * sketch_NU), dim=1)
+    parts = keys_NV.tensor_split([shape.width], dim=1)
+    vector_NW, sketch_NU = (nn.functional.normalize(part, dim=1) for part in parts)
+    return torch.cat((shape.vector_length * vector_NW, sketch_NU), dim=1)

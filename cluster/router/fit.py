@@ -49,7 +49,6 @@ _ENCODE_BATCH = 256
 _CHECKPOINT = "router_fit.safetensors"
 _TUNING = "tuning."
 
-
 _SENTENCE_WEIGHT = 0.5
 """Of the loss of the sentence alone. The n-grams learn the training texts by heart, and then nothing is left from which
 the sentence's projection could learn."""

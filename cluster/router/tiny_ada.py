@@ -27,6 +27,7 @@ from cluster.router.features import collate
 from cluster.router.few_shot import (
     LENGTH_BESIDE_SENTENCE,
     VECTOR_LENGTH,
+    RowShape,
     few_shot_logits,
     few_shot_offset,
     few_shot_prototypes,
@@ -153,7 +154,7 @@ class TinyAda(nn.Module):
             raise InvalidInput(f"There are {len(examples)} examples and {len(topics)} topics; give a topic for each.")
         encoding = self._encode_all(examples)
         vector_length = LENGTH_BESIDE_SENTENCE if isinstance(self.encoder, SentenceEncoder) else VECTOR_LENGTH
-        given = (keys(encoding), self.encoder.width, self._num_rows, topics, vector_length)
+        given = (keys(encoding), RowShape(self.encoder.width, self._num_rows, vector_length), topics)
         rows_PV = few_shot_prototypes(*given)
         none_N = self.head.none_logit(encoding) + self.head.none_offset + self.policy.threshold * self.head.temperature
         grown = self._fork()

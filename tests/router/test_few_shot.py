@@ -9,7 +9,7 @@ import torch
 from cluster.errors import InvalidInput
 from cluster.router.encoder import Encoder
 from cluster.router.features import CHARACTERS, PAIR, WORD, collate, extract
-from cluster.router.few_shot import few_shot_logits, few_shot_offset, few_shot_prototypes
+from cluster.router.few_shot import RowShape, few_shot_logits, few_shot_offset, few_shot_prototypes
 from cluster.router.fit import RouterFit
 from cluster.router.head import SHARPNESS, keys
 from cluster.router.lexicon import SILENT, UNKNOWN, count
@@ -41,7 +41,7 @@ def _row(examples: torch.Tensor) -> torch.Tensor:
 
 def test_each_topic_has_the_mean_of_its_examples() -> None:
     keys_NV = _keys(5, seed=0)
-    found = few_shot_prototypes(keys_NV, WIDTH, 2, TOPICS)
+    found = few_shot_prototypes(keys_NV, RowShape(WIDTH, 2), TOPICS)
     expected = torch.stack([_row(keys_NV[[4]]), _row(keys_NV[[1, 3]]), _row(keys_NV[[0, 2]])])
     assert torch.allclose(found, expected, atol=1e-6)
 
@@ -49,22 +49,22 @@ def test_each_topic_has_the_mean_of_its_examples() -> None:
 @pytest.mark.parametrize("topics", [None, ["all"] * 12])
 def test_without_topics_to_tell_apart_examples_are_clustered(topics: list[str] | None) -> None:
     centres = torch.cat((torch.eye(WIDTH)[:3], torch.eye(9)[:3]), dim=1)
-    found = few_shot_prototypes(centres.repeat(4, 1) + 0.01 * _keys(12, seed=1), WIDTH, 3, topics)
+    found = few_shot_prototypes(centres.repeat(4, 1) + 0.01 * _keys(12, seed=1), RowShape(WIDTH, 3), topics)
     near = found @ centres.T
     assert sorted(near.argmax(1).tolist()) == [0, 1, 2]
     assert float(near.amax(1).min()) > 1.69
-    assert len(few_shot_prototypes(centres, WIDTH, 8)) == 3
+    assert len(few_shot_prototypes(centres, RowShape(WIDTH, 8))) == 3
 
 
 def test_an_example_is_judged_without_itself() -> None:
     keys_NV = _keys(5, seed=2)
     # Two folds: the first of each topic, and the second where there is one.
-    found = few_shot_logits(keys_NV, WIDTH, 2, TOPICS)
+    found = few_shot_logits(keys_NV, RowShape(WIDTH, 2), TOPICS)
     others = {0: [_row(keys_NV[[3]]), _row(keys_NV[[2]])], 2: [_row(keys_NV[[i]]) for i in (0, 1, 4)]}
     for example, rows in others.items():
         mean = sum(math.exp(SHARPNESS * float(row @ keys_NV[example])) for row in rows) / len(rows)
         assert math.isclose(float(found[example]), math.log(mean), rel_tol=1e-4, abs_tol=1e-4)
-    alone = few_shot_logits(keys_NV[:1], WIDTH, 2)
+    alone = few_shot_logits(keys_NV[:1], RowShape(WIDTH, 2))
     assert math.isclose(float(alone), SHARPNESS * float(_row(keys_NV[:1]) @ keys_NV[0]), rel_tol=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_products_of_sketches_are_those_of_tf_idf_vectors() -> None:
 
 def test_each_part_of_a_prototype_keeps_its_length() -> None:
     examples = torch.nn.functional.normalize(_keys(30, seed=3), dim=1)
-    rows = few_shot_prototypes(examples, WIDTH, 4)
+    rows = few_shot_prototypes(examples, RowShape(WIDTH, 4))
     rows[0, WIDTH:] = 0
     moved = recentre(torch.nn.functional.normalize(_keys(30, seed=4), dim=1), rows, (WIDTH, 9))
     for part in (slice(None, WIDTH), slice(WIDTH, None)):
