@@ -31,7 +31,7 @@ from cluster.training.documents import documents
 from cluster.training.given_base import take_over_base
 from cluster.training.language_model import batches_by_length, summed_loss
 from cluster.training.optimization import Optimizer, Training, load_checkpoint, save_checkpoint
-from cluster.training.passes import arrange, num_passes, token_losses
+from cluster.training.passes import Pass, arrange, num_passes, token_losses
 from cluster.training.provenance import write_provenance
 from cluster.training.run import Run
 from cluster.training.sharding import shard, whole_model
@@ -193,10 +193,9 @@ def _backward(
     # Layers in pieces are put together by all: who has fewer passes than others reads on, and it counts for nothing.
     # So does who has none, since gradients are summed over all.
     least = max(num_passes(part, tokens_per_pass) for part in parts) if workers.shards_base else 1
-    (idle, *_) = arrange({BASE_DOMAIN: rows[:1]}, tokens_per_pass, learn_prompts=True)
     total = torch.zeros((), device=workers.device)
     for number in range(max(len(passes), least)):
-        batch, share = (passes[number], 1 / sum(sizes)) if number < len(passes) else (idle, 0.0)
+        batch, share = (passes[number], 1 / sum(sizes)) if number < len(passes) else (_idle(rows), 0.0)
         loss = token_losses(model, batch.to(workers.device), takes_lengths).sum() * share
         total += loss.detach()
         # FSDP takes the mean over the workers where the sum is wanted.
@@ -204,6 +203,11 @@ def _backward(
         optimizer.gather()
     workers.sum([total, *([] if workers.shards_base else optimizer.gradients())])
     return float(total)
+
+
+def _idle(rows: Sequence[Example]) -> Pass:
+    (batch,) = arrange({BASE_DOMAIN: rows[:1]}, len(rows[0].ids), learn_prompts=True)
+    return batch
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, settings: StageSettings) -> None:

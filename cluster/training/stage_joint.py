@@ -7,7 +7,6 @@ stay, and the reason is printed.
 """
 
 import copy
-import math
 import time
 from functools import partial
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from cluster.config import StageSettings
 from cluster.errors import InvalidInput
 from cluster.messages import NONE_DOMAIN
+from cluster.router.reliability import effective_number
 from cluster.router.tiny_ada import TinyAda
 from cluster.training.data import DataSet, Row, collate, encode, stage_data
 from cluster.training.joint_system import JointSystem, effective_domains, load_system
@@ -150,8 +150,7 @@ def _spread(log_probabilities_BN: Tensor) -> dict[str, float]:
     each prompt (mean entropy, nats). The last column is none.
     """
     p_BN = log_probabilities_BN.detach().exp()
-    mean_N = p_BN[:, :-1].sum(dim=0) / p_BN[:, :-1].sum()
-    used = math.exp(float(torch.special.entr(mean_N).sum()))
+    used = effective_number(p_BN[:, :-1].sum(dim=0).tolist())
     return {"effective_domains": used, "entropy": float(torch.special.entr(p_BN).sum(dim=1).mean())}
 
 
