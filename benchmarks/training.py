@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -163,8 +164,9 @@ class Bench:
 
         Adapters are measured over the float32 base in either case, and the base by all validation rows.
         """
-        start, narrow = self.base(), self.base()
-        narrow = replace(narrow, model=copy.deepcopy(narrow.model).to(torch.bfloat16))  # type: ignore[arg-type]
+        start = self.base()
+        narrow = replace(start, model=copy.deepcopy(start.model))
+        nn.Module.to(narrow.model, torch.bfloat16)
         fitted: dict[str, dict[str, AdapterWeights]] = {}
         bases: dict[str, PreTrainedModel] = {}
 

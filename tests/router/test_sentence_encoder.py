@@ -93,8 +93,8 @@ def test_the_loss_of_the_sentence_alone_is_that_of_prompts_without_a_known_word(
 def test_a_text_is_decided_alike_alone_and_in_a_batch(fused: TinyAda) -> None:
     together = fused.logits(TEXTS)
     alone = torch.cat([fused.logits([text]) for text in TEXTS])
-    # Logits of a spread of ten: whitening makes the rounding of the encoder's batches larger.
-    assert torch.allclose(together, alone, atol=1e-3)
+    # Of logits up to 15: whitening makes the rounding of the encoder's batches larger, to 3e-4 here.
+    assert torch.allclose(together, alone, atol=5e-4)
 
 
 def test_training_reaches_the_projection_and_the_last_layers_and_no_training_a_router_that_is_done(
