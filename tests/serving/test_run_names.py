@@ -11,6 +11,7 @@ import pytest
 
 from cluster.config import BaseSettings, Recipe, StageSettings
 from cluster.errors import InvalidInput
+from cluster.training.recipes import RECIPES
 from deployments import train
 from deployments.run_names import named_run
 
@@ -71,7 +72,7 @@ def test_a_name_is_held_as_long_as_its_process_lives_however_that_ends(tmp_path:
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--root", str(tmp_path), "--data", str(tmp_path / "data"), "--recipe", "starter", "--run-name", "one"]
-    with named_run("one", settings(tmp_path)) as run:
+    with named_run("one", settings(tmp_path, recipe=RECIPES["starter"])) as run:
         for stage in ("base", "adapters", "router", "joint"):
             run.add(stage)
     for stage in ("base", "all"):
