@@ -1,4 +1,4 @@
-"""Kernels to be tested: for this machine, and for an older one."""
+"""Kernels to be tested: for this machine, and for older ones."""
 
 import ctypes
 import platform
@@ -8,9 +8,9 @@ import pytest
 from cluster.kernels.library import native_library
 
 
-@pytest.fixture(scope="session", params=["native", "x86-64-v3"])
+@pytest.fixture(scope="session", params=["native", "x86-64-v3", "x86-64"])
 def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    """The kernels for this machine, and for an older one without AVX-512."""
+    """The kernels for this machine, and for older ones: sixteen numbers are one vector, two or four."""
     if request.param != "native" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"{request.param} does not run on {platform.machine()}")
     library = native_library(request.param)

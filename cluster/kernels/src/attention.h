@@ -102,8 +102,6 @@ void attend_heads(const float* q, const Heads& heads, const Cache& cache, const 
     float most[HEADS], total[HEADS] = {};
     for (int g = 0; g < HEADS; g++) most[g] = -INFINITY;
     for (int64_t i = 0; i < HEADS * rounded; i++) sums[i] = 0;
-    V lanes;
-    for (int i = 0; i < LANES; i++) lanes[i] = float(i);
     for (int64_t start = 0; start < length; start += BLOCK_TOKENS) {
         const int64_t block = block_of(tokens, t, start), there = length - start < LANES ? length - start : LANES;
         const E* k = (const E*)cache.keys + (block * heads.keys + key) * size * BLOCK_TOKENS;
@@ -117,7 +115,7 @@ void attend_heads(const float* q, const Heads& heads, const Cache& cache, const 
         for (int g = 0; g < HEADS; g++) {
             V score = scores[g] * heads.scaling;
             // Selected, not added to: what lies beyond the context may be anything.
-            score = lanes < float(there) ? score : splat(-INFINITY);
+            score = where_less(lane_numbers(), splat(float(there)), score, splat(-INFINITY));
             const float peak = largest(score);
             if (peak > most[g]) {
                 const float shrink = expf(most[g] - peak);

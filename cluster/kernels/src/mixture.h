@@ -59,16 +59,18 @@ struct Dots {
     V low = {}, high = {};  // four ranks each, four inputs side by side
 
     void add(const E* a, const E* x) {
-        V inputs;
-        for (int lane = 0; lane < LANES; lane++) inputs[lane] = to_float(x[lane % 4]);
+        const float four[4] = {to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])};
+        const V inputs = Lanes<V>::repeat(four);
         low += load(a) * inputs;
         high += load(a + LANES) * inputs;
     }
     void sum(float* out) const {
+        float lanes[2 * LANES];
+        store(lanes, low);
+        store(lanes + LANES, high);
         for (int rank = 0; rank < RANKS; rank++) {
-            const V& of_rank = rank < 4 ? low : high;
-            const int lane = rank % 4 * 4;
-            out[rank] = of_rank[lane] + of_rank[lane + 1] + of_rank[lane + 2] + of_rank[lane + 3];
+            const float* four = lanes + 4 * rank;
+            out[rank] = four[0] + four[1] + four[2] + four[3];
         }
     }
 };

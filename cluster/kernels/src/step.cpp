@@ -63,7 +63,7 @@ void activate(const Worker& worker, const float* up, int64_t activation, int64_t
             if (activation == GATED_SILU)
                 value = value / (1.0f + exponential(-value)) * load_some(from + between + i, between - i);
             else
-                value = value < 0.0f ? V{} : value * value;
+                value = where_less(value, V{}, V{}, value * value);
             store_some(out + r * between + i, value, between - i);
         }
     }

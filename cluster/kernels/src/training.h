@@ -12,6 +12,7 @@
 namespace training {
 
 constexpr int64_t BLOCK = 2 * LANES;  // queries at a time
+constexpr int64_t AT_ONCE = REGISTERS == 32 ? 2 : 1;  // vectors of a block, beside the tile's rows
 
 struct Shape {
     int64_t queries, keys, size;  // heads, and numbers of one
@@ -22,43 +23,39 @@ struct Shape {
 inline void rows_times_block(const float* rows, int64_t stride, int64_t count, int64_t size, const float* block,
                              float* out) {
     constexpr int64_t TILE = 6;
-    for (int64_t first = 0; first < count; first += TILE) {
-        V sums[TILE][2] = {};
-        const float* from[TILE];
-        for (int64_t t = 0; t < TILE; t++) from[t] = rows + (first + t < count ? first + t : count - 1) * stride;
-        for (int64_t h = 0; h < size; h++) {
-            const V left = load(block + h * BLOCK), right = load(block + h * BLOCK + LANES);
-            for (int64_t t = 0; t < TILE; t++) {
-                sums[t][0] += from[t][h] * left;
-                sums[t][1] += from[t][h] * right;
-            }
+    for (int64_t first = 0; first < count; first += TILE)
+        for (int64_t part = 0; part < BLOCK; part += AT_ONCE * LANES) {
+            V sums[TILE][AT_ONCE] = {};
+            const float* from[TILE];
+            for (int64_t t = 0; t < TILE; t++) from[t] = rows + (first + t < count ? first + t : count - 1) * stride;
+            for (int64_t h = 0; h < size; h++)
+                for (int64_t i = 0; i < AT_ONCE; i++) {
+                    const V lanes = load(block + h * BLOCK + part + i * LANES);
+                    for (int64_t t = 0; t < TILE; t++) sums[t][i] += from[t][h] * lanes;
+                }
+            for (int64_t t = 0; t < TILE && first + t < count; t++)
+                for (int64_t i = 0; i < AT_ONCE; i++)
+                    store(out + (first + t) * BLOCK + part + i * LANES, sums[t][i]);
         }
-        for (int64_t t = 0; t < TILE && first + t < count; t++) {
-            store(out + (first + t) * BLOCK, sums[t][0]);
-            store(out + (first + t) * BLOCK + LANES, sums[t][1]);
-        }
-    }
 }
 
 // out[h][lane] = sum over r of rows[r][h] * lanes[r][lane], for `size` values of h.
 inline void columns_times_lanes(const float* rows, int64_t stride, int64_t count, int64_t size, const float* lanes,
                                 float* out) {
-    constexpr int64_t TILE = 8;
-    for (int64_t first = 0; first < size; first += TILE) {
-        V sums[TILE][2] = {};
-        const float* from = rows + first;
-        for (int64_t r = 0; r < count; r++, from += stride) {
-            const V left = load(lanes + r * BLOCK), right = load(lanes + r * BLOCK + LANES);
-            for (int64_t t = 0; t < TILE; t++) {
-                sums[t][0] += from[t] * left;
-                sums[t][1] += from[t] * right;
-            }
+    constexpr int64_t TILE = REGISTERS == 32 ? 8 : 4;
+    for (int64_t first = 0; first < size; first += TILE)
+        for (int64_t part = 0; part < BLOCK; part += AT_ONCE * LANES) {
+            V sums[TILE][AT_ONCE] = {};
+            const float* from = rows + first;
+            for (int64_t r = 0; r < count; r++, from += stride)
+                for (int64_t i = 0; i < AT_ONCE; i++) {
+                    const V left = load(lanes + r * BLOCK + part + i * LANES);
+                    for (int64_t t = 0; t < TILE; t++) sums[t][i] += from[t] * left;
+                }
+            for (int64_t t = 0; t < TILE; t++)
+                for (int64_t i = 0; i < AT_ONCE; i++)
+                    store(out + (first + t) * BLOCK + part + i * LANES, sums[t][i]);
         }
-        for (int64_t t = 0; t < TILE; t++) {
-            store(out + (first + t) * BLOCK, sums[t][0]);
-            store(out + (first + t) * BLOCK + LANES, sums[t][1]);
-        }
-    }
 }
 
 // out[r][h] += sum over the block's queries i of lanes[r][i] * rows[i][h].
@@ -94,9 +91,7 @@ inline void unpack(const float* block, int64_t queries, int64_t size, float scal
 
 // Lanes that see a key: 1, and 0 for those whose query lies before it.
 inline V sees(int64_t key, int64_t first_query) {
-    V seen;
-    for (int i = 0; i < LANES; i++) seen[i] = first_query + i >= key ? 1.0f : 0.0f;
-    return seen;
+    return where_less(lane_numbers(), splat(float(key - first_query)), V{}, splat(1.0f));
 }
 
 struct Block32 {  // what one thread needs for a block of queries
@@ -120,11 +115,8 @@ inline void attend(const Shape& s, const float* q, const float* k, const float* 
             for (int64_t j = 0; j < seen; j++) {
                 V& score = b.scores[2 * j + half];
                 score *= s.scaling;
-                if (j > first) {
-                    const V visible = sees(j, first);
-                    score = visible > 0.5f ? score : splat(-1e30f);
-                }
-                most = score > most ? score : most;
+                if (j > first) score = where_less(lane_numbers(), splat(float(j - first)), splat(-1e30f), score);
+                most = where_less(most, score, score, most);
             }
             for (int64_t j = 0; j < seen; j++) {
                 V& score = b.scores[2 * j + half];
@@ -133,8 +125,11 @@ inline void attend(const Shape& s, const float* q, const float* k, const float* 
             }
             const V share = 1.0f / total;
             for (int64_t j = 0; j < seen; j++) b.scores[2 * j + half] *= share;
+            float peaks[LANES], totals[LANES];
+            store(peaks, most);
+            store(totals, total);
             for (int64_t i = 0; i < LANES && half * LANES + i < queries; i++)
-                log_sums[(first + i) * s.queries] = most[i] + logf(total[i]);
+                log_sums[(first + i) * s.queries] = peaks[i] + logf(totals[i]);
         }
         columns_times_lanes(v, k_stride, seen, s.size, floats(b.scores), floats(b.result));
         unpack(floats(b.result), queries, s.size, 1.0f, out + start * q_stride, q_stride);
@@ -155,15 +150,17 @@ inline void attend_back(const Shape& s, const float* q, const float* k, const fl
         rows_times_block(v, k_stride, seen, s.size, floats(b.gradient), floats(b.slopes));
         for (int half = 0; half < 2; half++) {
             const int64_t first = start + half * LANES;
-            V log_sum = splat(INFINITY), mean = {};
+            float log_sum_of[LANES], mean_of[LANES] = {};
+            store(log_sum_of, splat(INFINITY));
             for (int64_t i = 0; i < LANES && half * LANES + i < queries; i++) {
-                log_sum[i] = log_sums[(first + i) * s.queries];
+                log_sum_of[i] = log_sums[(first + i) * s.queries];
                 const float* row = out + (first + i) * q_stride;
                 const float* d_row = d_out + (first + i) * q_stride;
                 V products = {};
                 for (int64_t h = 0; h < s.size; h += LANES) products += load(row + h) * load(d_row + h);
-                mean[i] = sum(products);
+                mean_of[i] = sum(products);
             }
+            const V log_sum = load(log_sum_of), mean = load(mean_of);
             for (int64_t j = 0; j < seen; j++) {
                 V share = exponential(b.scores[2 * j + half] * s.scaling - log_sum);
                 if (j > first) share *= sees(j, first);

@@ -56,18 +56,6 @@ inline V multiply_pair(V sums, Pairs weights, uint32_t pair) {
     return sums + weights.odd * odd;
 }
 
-typedef int8_t V8 __attribute__((vector_size(16)));
-inline V widened(const void* sixteen) {
-    V8 values;
-    memcpy(&values, sixteen, 16);
-    return __builtin_convertvector(values, V);
-}
-inline V widened_low_four(const uint8_t* words, int shift) {
-    VH values;
-    memcpy(&values, words, 32);
-    return __builtin_convertvector((values >> shift) & 15, V) - 8.0f;
-}
-
 // load(line, which): one pair of a line's weights, as multiply_pair wants them.
 template <class E, Format FORMAT>
 struct Weights;
@@ -84,7 +72,8 @@ template <class E>
 struct Weights<E, INT8> {
     static constexpr int64_t LINE_BYTES = 64, LINE_PAIRS = 2;
     static Pairs load(const uint8_t* line, int which) {
-        return {widened(line + which * 32), widened(line + which * 32 + LANES)};
+        const int8_t* from = (const int8_t*)line + which * 32;
+        return {::load(from), ::load(from + LANES)};
     }
 };
 
@@ -92,7 +81,9 @@ template <class E>
 struct Weights<E, INT4> {
     static constexpr int64_t LINE_BYTES = 64, LINE_PAIRS = 4;
     static Pairs load(const uint8_t* line, int which) {
-        return {widened_low_four(line, 4 * which), widened_low_four(line + 32, 4 * which)};
+        const uint16_t* words = (const uint16_t*)line;
+        return {Lanes<V>::load_four_bits(words, 4 * which) - 8.0f,
+                Lanes<V>::load_four_bits(words + LANES, 4 * which) - 8.0f};
     }
 };
 
