@@ -39,6 +39,7 @@ SETTINGS = RouterSettings(
     steps=1200,
     feature_dropout=0.4,
     word_omission=0.3,
+    naive_bayes=True,
     word_dropout=0.1,
     outlier_rate=0.1,
     hidden_domain_rate=0.25,

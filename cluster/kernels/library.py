@@ -159,6 +159,20 @@ class FeedForward(ctypes.Structure):
     )
 
 
+class Votes(ctypes.Structure):
+    """What a router's counts say of domains."""
+
+    _fields_ = (
+        ("numbers", c_void_p),
+        ("starts", c_void_p),
+        ("domains", c_void_p),
+        ("weights", c_void_p),
+        ("vectors", c_void_p),
+        ("block", FeedForward),
+        ("num_domains", c_int64),
+    )
+
+
 class TextEncoder(ctypes.Structure):
     """What a router makes of n-grams."""
 
@@ -174,6 +188,7 @@ class TextEncoder(ctypes.Structure):
         ("unused", c_float),
         ("directions", c_void_p),
         ("shares", c_void_p),
+        ("votes", Votes),
         ("num_rows", c_int64),
         ("width", c_int64),
         ("num_directions", c_int64),

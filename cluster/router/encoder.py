@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cluster.router.episodes import Episode
 from cluster.router.features import CHARACTERS, NUM_KINDS, PAIR, WORD, FeatureBatch, TextFeatures, extract
 from cluster.router.lexicon import SILENT, UNKNOWN, Lexicon
+from cluster.router.naive_bayes import NaiveBayes
 from cluster.router.word_vectors import WordVectors
 
 NUM_EVIDENCE = NUM_KINDS + 2
@@ -38,15 +40,26 @@ class Encoding:
     """
     evidence_BE: Tensor
     """Share of known features by kind, log length of the n-grams' vector before normalising, log number of features."""
+    votes_BW: Tensor | None = None
+    """In training: the vectors that naive Bayes alone gives."""
 
 
 class Encoder(nn.Module):
-    """A bag of feature vectors, then a feed-forward block beside the identity, then a unit vector."""
+    """A bag of feature vectors, then a feed-forward block beside the identity, then a unit vector; where there is naive
+    Bayes its vector is added, and the sum is made a unit vector again.
+    """
 
-    def __init__(self, lexicon: Lexicon, num_rows: int, width: int, words: WordVectors | None = None) -> None:
+    def __init__(
+        self,
+        lexicon: Lexicon,
+        num_rows: int,
+        width: int,
+        words: WordVectors | None = None,
+        votes: NaiveBayes | None = None,
+    ) -> None:
         """`num_rows` may exceed the lexicon's rows when training saw fewer features; the rest stay unused.
 
-        `words`: what a teacher said of single words.
+        `words`: what a teacher said of single words. `votes`: what counting says.
         """
         super().__init__()
         self.lexicon = lexicon
@@ -54,6 +67,7 @@ class Encoder(nn.Module):
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width)
         self.words = words
+        self.votes = votes
         nn.init.normal_(self.table.weight, std=_INITIAL_STD)
         # The block starts as the identity.
         nn.init.zeros_(self.down.weight)
@@ -76,15 +90,14 @@ class Encoder(nn.Module):
         """What the encoder reads of each text."""
         return [extract(text) for text in texts]
 
-    def forward(self, batch: FeatureBatch, hidden_N: Tensor | None = None, silent_N: Tensor | None = None) -> Encoding:
-        """Encode a batch. Features marked in `hidden_N` (bool) are taken for never seen; those marked in `silent_N` for
-        known ones that have no row.
+    def forward(self, batch: FeatureBatch, episode: Episode | None = None) -> Encoding:
+        """Encode a batch, in training as the step's episode shows it: its hidden features are taken for never seen, its
+        silent ones for known ones without a row.
         """
         rows_N = self.lexicon.rows[batch.slots_N].long()
-        if silent_N is not None:
-            rows_N = torch.where(silent_N & (rows_N >= 0), SILENT, rows_N)
-        if hidden_N is not None:
-            rows_N = rows_N.masked_fill(hidden_N, UNKNOWN)
+        if episode is not None:
+            rows_N = torch.where(episode.silent_N & (rows_N >= 0), SILENT, rows_N)
+            rows_N = rows_N.masked_fill(episode.hidden_N, UNKNOWN)
         cells_N = batch.texts_N * NUM_KINDS + batch.kinds_N
         num_cells = batch.num_texts * NUM_KINDS
         all_C = torch.bincount(cells_N, minlength=num_cells)
@@ -101,7 +114,12 @@ class Encoder(nn.Module):
         share_BK = known_C.view(-1, NUM_KINDS) / all_BK.clamp(min=1)
         size_B1 = all_BK.sum(1, keepdim=True).log1p() / 4
         evidence_BE = torch.cat((share_BK, (length_B1 + _LENGTH_FLOOR).log(), size_B1), dim=1)
-        return Encoding(nn.functional.normalize(h_BW, dim=1), self._novel(batch, rows_N, cells_N), evidence_BE)
+        z_BW, votes_BW = nn.functional.normalize(h_BW, dim=1), None
+        if self.votes is not None:
+            votes_BW = self.votes(batch, weights_N, episode)
+            z_BW = nn.functional.normalize(z_BW + votes_BW, dim=1)
+        novel_BU = self._novel(batch, rows_N, cells_N)
+        return Encoding(z_BW, novel_BU, evidence_BE, None if episode is None else votes_BW)
 
     def _novel(self, batch: FeatureBatch, rows_N: Tensor, cells_N: Tensor) -> Tensor:
         """A random direction per feature, weighted by the square of its rarity; each kind has its share of the length.

@@ -33,6 +33,8 @@ class Episode:
     """Features to leave out without taking them for never seen."""
     hidden_D: Tensor
     """Domains that do not exist in this step."""
+    own_B: Tensor
+    """The texts' domains; D for none."""
     labels_B: Tensor
     """The right answers in this step; D for none."""
 
@@ -79,7 +81,7 @@ def draw_episode(
         omitted_W = ~keyword_W & (torch.rand(batch.num_words, generator=rng) < omission_B[text_W])
         silent_N |= omitted_W[batch.words_N]
     none_B = outlier_B | torch.cat((hidden_D, torch.ones(1, dtype=torch.bool)))[labels_B]
-    return Episode(hidden_N, silent_N, hidden_D, torch.where(none_B, num_domains, labels_B))
+    return Episode(hidden_N, silent_N, hidden_D, labels_B, torch.where(none_B, num_domains, labels_B))
 
 
 def _keywords(batch: FeatureBatch, counted: Counted) -> tuple[Tensor, Tensor]:

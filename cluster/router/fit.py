@@ -7,7 +7,7 @@ of files or progress bars. Letters: B texts, D domains, P prototypes, W width.
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from cluster.router.episodes import Episode, draw_episode
 from cluster.router.features import NUM_SLOTS, TextFeatures, collate
 from cluster.router.head import Head, domain_logits
 from cluster.router.lexicon import count
+from cluster.router.naive_bayes import NaiveBayes
 from cluster.router.policy import Policy
 from cluster.router.run_state import fits, restore, state_of
 from cluster.router.sentence_encoder import SentenceEncoder, read
@@ -48,6 +49,9 @@ _SHARE_OF_WORDS = 0.3
 _ENCODE_BATCH = 256
 _CHECKPOINT = "router_fit.safetensors"
 _TUNING = "tuning."
+
+_VOTES_WEIGHT = 0.5
+"""Of the loss of naive Bayes alone, for the reason below."""
 
 _SENTENCE_WEIGHT = 0.5
 """Of the loss of the sentence alone. The n-grams learn the training texts by heart, and then nothing is left from which
@@ -137,9 +141,13 @@ class RouterFit:
                 words = WordVectors.taken_from(self._teacher, texts, most_words, width)
                 layers += words.num_parameters
                 self._teaching = Teaching(self._train.features, width)
+            votes = None
+            if self.settings.naive_bayes:
+                votes = NaiveBayes.counted(self._train.features, labels, num_domains, width)
+                layers += sum(p.numel() for p in votes.parameters())
             num_rows = min((num_parameters - layers) // width, NUM_SLOTS)
             self._counted = count(self._train.features, labels, num_domains + 1, num_rows)
-            ngrams = Encoder(self._counted.lexicon, num_rows, width, words)
+            ngrams = Encoder(self._counted.lexicon, num_rows, width, words, votes)
             self.encoder: Encoder | SentenceEncoder = ngrams
             if self._sentences is not None:
                 self.encoder = SentenceEncoder(ngrams, self._sentences)
@@ -188,8 +196,10 @@ class RouterFit:
         drawn_B = torch.multinomial(self._draw_weights_B, settings.batch_size, replacement=True, generator=self._rng)
         batch = collate([self._train.features[index] for index in drawn_B.tolist()])
         episode = draw_episode(batch, self._train.labels_B[drawn_B], self._counted, num_domains, settings, self._rng)
-        encoding = self.encoder(batch, episode.hidden_N, episode.silent_N)
+        encoding = self.encoder(batch, episode)
         loss = self._loss(encoding, episode, drawn_B)
+        if encoding.votes_BW is not None:
+            loss = loss + _VOTES_WEIGHT * self._loss(replace(encoding, z_BW=encoding.votes_BW), episode, drawn_B)
         if isinstance(self.encoder, SentenceEncoder):
             loss = loss + _SENTENCE_WEIGHT * self._loss(self.encoder.without_ngrams(batch, encoding), episode, drawn_B)
         if self._teaching is not None:

@@ -18,6 +18,7 @@ from cluster.kernels import library as native
 from cluster.router.encoder import NOVEL_WIDTH, Encoder
 from cluster.router.features import packed
 from cluster.router.head import SHARPNESS, Head
+from cluster.router.naive_bayes import NaiveBayes
 from cluster.router.scoring import ONE
 from cluster.router.word_vectors import GAIN
 
@@ -77,7 +78,7 @@ class OneCall:
 
 def _parts(encoder: Encoder, head: Head) -> tuple[object, ...]:
     """What is another object once a number lies elsewhere: moving a module replaces its buffers."""
-    return encoder, encoder.words, head, head.offsets_D, head.fixed_prototypes()
+    return encoder, encoder.words, encoder.votes, head, head.offsets_D, head.fixed_prototypes()
 
 
 def _encoder(encoder: Encoder) -> native.TextEncoder:
@@ -94,9 +95,17 @@ def _encoder(encoder: Encoder) -> native.TextEncoder:
         0.0,
         encoder.novel_table.data_ptr(),
         encoder.novel_shares_K.data_ptr(),
+        native.Votes() if encoder.votes is None else _votes(encoder.votes),
         len(lexicon.row_slots),
         encoder.width,
         *encoder.novel_table.shape,
+    )
+
+
+def _votes(votes: NaiveBayes) -> native.Votes:
+    parts = (votes.numbers, votes.starts, votes.domains_M, votes.weights_M, votes.domains_DW)
+    return native.Votes(
+        *(part.data_ptr() for part in parts), _feed_forward(votes.up, votes.down), len(votes.domains_DW)
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.router.encoder import NOVEL_WIDTH, Encoder, Encoding
+from cluster.router.episodes import Episode
 from cluster.router.features import FeatureBatch, TextFeatures, extract
 from cluster.router.sentence_model import SentenceModel
 
@@ -46,9 +47,9 @@ class SentenceEncoder(nn.Module):
         """What the encoder reads of each text."""
         return read(texts, self.sentences)
 
-    def forward(self, batch: FeatureBatch, hidden_N: Tensor | None = None, silent_N: Tensor | None = None) -> Encoding:
+    def forward(self, batch: FeatureBatch, episode: Episode | None = None) -> Encoding:
         """Encode a batch that `read` made, as `Encoder` does."""
-        encoding: Encoding = self.ngrams(batch, hidden_N, silent_N)
+        encoding: Encoding = self.ngrams(batch, episode)
         sum_BW = encoding.z_BW + self._projected(batch)
         sketch_BU = (_sentences(batch) - self.mean_S) @ self.directions_SU
         return replace(

@@ -34,6 +34,7 @@ from cluster.router.few_shot import (
 )
 from cluster.router.head import Head, keys
 from cluster.router.lexicon import Lexicon
+from cluster.router.naive_bayes import NaiveBayes
 from cluster.router.one_call import OneCall
 from cluster.router.policy import Policy, probabilities
 from cluster.router.prototypes import recentre
@@ -70,7 +71,8 @@ class TinyAda(nn.Module):
         """Everything trained by gradient, here or by others: the encoder's table and layers, the none network, what a
         teacher said of words, and a pretrained sentence encoder.
 
-        Prototypes are not counted (they are rows of data, made from examples), nor the lexicon's indices.
+        Prototypes are not counted (they are rows of data, made from examples), nor the lexicon's indices, nor how many
+        texts hold a feature.
         """
         num_pretrained = 0
         if isinstance(self.encoder, SentenceEncoder):
@@ -259,7 +261,11 @@ class TinyAda(nn.Module):
             words = None
             if f"{at}.words.slots_Y" in tensors:
                 words = WordVectors(tensors[f"{at}.words.slots_Y"], tensors[f"{at}.words.vectors_YQ"], saved.width)
-            ngrams = Encoder(lexicon, saved.num_table_rows, saved.width, words)
+            votes = None
+            if f"{at}.votes.slots_F" in tensors:
+                names = ("slots_F", "num_texts_F", "starts", "domains_M", "counts_M", "domains_DW")
+                votes = NaiveBayes(*(tensors[f"{at}.votes.{name}"] for name in names))
+            ngrams = Encoder(lexicon, saved.num_table_rows, saved.width, words, votes)
             encoder: Encoder | SentenceEncoder = ngrams
             if saved.sentence_checksum is not None:
                 encoder = SentenceEncoder(ngrams, _load_sentences(folder / _SENTENCES, saved.sentence_checksum))

@@ -9,7 +9,7 @@ _MINI_BASE = BaseSettings(
 """Learns from all domains, for some eight minutes on two cores."""
 
 _REAL_PROMPTS = RouterSettings(
-    steps=800, outlier_rate=0.1, hidden_domain_rate=0.25, word_dropout=0.1, word_omission=0.3
+    steps=800, outlier_rate=0.1, hidden_domain_rate=0.25, word_dropout=0.1, word_omission=0.3, naive_bayes=True
 )
 """For prompts that people wrote: some words, and some domains, are hidden or left out at each step."""
 

@@ -3,6 +3,7 @@
 import copy
 import platform
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,17 +11,18 @@ from hypothesis import strategies as st
 
 from cluster.kernels import library
 from cluster.router.encoder import Encoder
+from cluster.router.naive_bayes import NaiveBayes
 from cluster.router.one_call import OneCall
 from cluster.router.tiny_ada import TinyAda
 from cluster.router.word_vectors import WORD_WIDTH, WordVectors
-from tests.router.prompts import STRANGE, prompts
+from tests.router.prompts import DOMAINS, STRANGE, prompts
 
 TEXTS = ["", "a", "7", "rain " * 300, "é" * 2000, *STRANGE, *prompts("val", 5)[0]]
 
 
-@pytest.fixture(scope="module", params=["n-grams", "and words"])
+@pytest.fixture(scope="module", params=["n-grams", "and words", "and votes"])
 def router(ada: TinyAda, request: pytest.FixtureRequest) -> TinyAda:
-    """With a domain that was added, so that offsets count; with words, all parts are away from where they begin."""
+    """With a domain that was added, so that offsets count; all parts are away from where they begin."""
     if library.native_library() is None:
         pytest.skip("no C++ compiler")
     made = copy.deepcopy(ada.with_domain("games", ["Who moves first in chess?", "Deal seven cards to each player"]))
@@ -30,6 +32,11 @@ def router(ada: TinyAda, request: pytest.FixtureRequest) -> TinyAda:
         slots_Y = torch.cat([torch.from_numpy(one.slots_N[:1]) for one in made.encoder.read(prompts("val", 20)[0])])
         vectors_YQ = torch.randn(len(slots_Y.unique()), WORD_WIDTH, generator=rng)
         made.encoder.words = WordVectors(slots_Y.unique().int(), vectors_YQ / 8, made.encoder.width)
+    if request.param == "and votes":
+        assert isinstance(made.encoder, Encoder)
+        texts, domains = prompts("train", 60)
+        numbers = np.array([DOMAINS.index(domain) for domain in domains])
+        made.encoder.votes = NaiveBayes.counted(made.encoder.read(texts), numbers, len(DOMAINS), made.encoder.width)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=rng)

@@ -20,7 +20,7 @@ NONE = 2
 
 def episode(labels_B: torch.Tensor, hidden_D: tuple[bool, bool] = (False, False)) -> Episode:
     unused_N = torch.zeros(0, dtype=torch.bool)
-    return Episode(unused_N, unused_N, torch.tensor(hidden_D), labels_B)
+    return Episode(unused_N, unused_N, torch.tensor(hidden_D), labels_B, labels_B)
 
 
 def test_a_domain_has_a_row_for_each_of_its_topics_and_the_usual_number_without():

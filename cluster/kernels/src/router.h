@@ -12,6 +12,17 @@ struct FeedForward {
     int64_t inputs, hidden, outputs;
 };
 
+// Of features without a vector of their own too: how much each speaks for which domains, and where these point to.
+struct Votes {
+    const int32_t* numbers;  // [slots], negative for features that do not vote; null if none do
+    const int32_t* starts;   // [features + 1]: where the pairs of each begin
+    const int32_t* domains;  // [pairs]
+    const float* weights;    // [pairs]
+    const float* vectors;    // [num_domains][width]
+    FeedForward block;       // beside the identity
+    int64_t num_domains;
+};
+
 struct TextEncoder {
     const int32_t* lexicon;  // [slots]: the row of a feature, or one of the two below
     const float* rarities;   // [rows + 2]: of each row, of silent features, of unknown ones
@@ -24,6 +35,7 @@ struct TextEncoder {
     float pad;
     const float* directions;  // [num_directions][sketch_width]
     const float* shares;      // [KINDS]: of the sketch's squared length
+    Votes votes;
     int64_t num_rows, width, num_directions, sketch_width;
 };
 
@@ -74,6 +86,26 @@ inline void add_feed_forward(const FeedForward& layers, const float* x, float* o
         between[i] = gelu(dot(layers.first + i * layers.inputs, x, layers.inputs) + layers.first_bias[i]);
     for (int64_t i = 0; i < layers.outputs; i++)
         out[i] += dot(layers.second + i * layers.hidden, between.data(), layers.hidden) + layers.second_bias[i];
+}
+
+// z = unit(z + v / (1 + |v|)), v the vector of the domains' votes, of features whose kinds weigh so much.
+inline void add_votes(const Votes& votes, const int64_t* slots, const int64_t* kinds, int64_t count,
+                      const float* weights, int64_t width, float* z) {
+    thread_local std::vector<float> of_domains, sum, vector;
+    of_domains.assign(votes.num_domains, 0.0f);
+    for (int64_t i = 0; i < count; i++) {
+        const int32_t number = votes.numbers[slots[i]];
+        if (number < 0) continue;
+        for (int32_t pair = votes.starts[number]; pair < votes.starts[number + 1]; pair++)
+            of_domains[votes.domains[pair]] += weights[kinds[i]] * votes.weights[pair];
+    }
+    sum.assign(width, 0.0f);
+    for (int64_t d = 0; d < votes.num_domains; d++)
+        if (of_domains[d]) add_scaled(sum.data(), votes.vectors + d * width, of_domains[d], width);
+    vector = sum;
+    add_feed_forward(votes.block, sum.data(), vector.data());
+    add_scaled(z, vector.data(), 1.0f / (1.0f + length_of(vector.data(), width)), width);
+    make_unit(z, width);
 }
 
 // What the head reads of one text.
@@ -134,6 +166,7 @@ inline void encode(const TextEncoder& encoder, const int64_t* slots, const int64
     std::copy(bag.begin(), bag.end(), z);
     add_feed_forward(encoder.block, bag.data(), z);
     make_unit(z, width);
+    if (encoder.votes.numbers) add_votes(encoder.votes, slots, kinds, count, weights, width, z);
 }
 
 inline int16_t in_fixed_point(float value) {
