@@ -81,13 +81,12 @@ class RouterSettings(_Settings):
     pair_dropout: float = Field(default=0.5, ge=0, le=0.5)
     """The same for pairs of neighbouring words: an unseen phrasing is made of known words in unseen pairs."""
     feature_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of all features that a step leaves out, each by itself: what many texts teach must not hang on one of them.
-    Few texts need each that they have; with hundreds per domain, 0.4 is better."""
+    """Share of all features that a step leaves out, each by itself. With hundreds of texts per domain 0.4 is better."""
     word_omission: float = Field(default=0.0, ge=0, le=0.5)
-    """Share of words left out whole, drawn anew for each prompt between 0 and twice this; of short prompts fewer, and
-    no keywords (decision 34). With hundreds of texts per domain, 0.3 is better."""
+    """Share of words left out whole; of short prompts fewer (decision 34). With hundreds per domain, 0.3 is better."""
     naive_bayes: bool = False
-    """Let features vote by how many texts of each domain hold them (decision 36): better with hundreds per domain."""
+    """Let features vote by how many texts of each domain hold them (decision 36). With hundreds of texts per domain it
+    is better. Does nothing where the data names topics."""
     outlier_rate: float = Field(default=0.25, ge=0, lt=1)
     """Share of the prompts of a step that lose their keywords, and then teach none."""
     outlier_dropout: float = Field(default=0.2, ge=0, le=1)

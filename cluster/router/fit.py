@@ -142,7 +142,7 @@ class RouterFit:
                 layers += words.num_parameters
                 self._teaching = Teaching(self._train.features, width)
             votes = None
-            if self.settings.naive_bayes:
+            if self.settings.naive_bayes and not self._topics.are_known:
                 votes = NaiveBayes.counted(self._train.features, labels, num_domains, width)
                 layers += sum(p.numel() for p in votes.parameters())
             num_rows = min((num_parameters - layers) // width, NUM_SLOTS)
