@@ -52,13 +52,12 @@ class NaiveBayes(nn.Module):
         _check(slots_F, NUM_SLOTS)
         _check(domains_M, len(domains_DW))
         sizes_F = starts.long().diff()
-        if (
-            len(starts) != len(slots_F) + 1
-            or starts[0] != 0
-            or starts[-1] != len(domains_M)
-            or bool((sizes_F < 0).any())
-        ):
+        ends = (len(sizes_F), int(starts[0]), int(starts[-1]))
+        if ends != (len(slots_F), 0, len(domains_M)) or bool((sizes_F < 0).any()):
             raise ValueError("the features' counts do not lie one after the other")
+        num_texts_M = num_texts_F.repeat_interleave(sizes_F)
+        if bool((counts_M < 1).any() or (counts_M > num_texts_M).any()):
+            raise ValueError("a domain has no text of a feature that it holds, or more than there are")
         self.register_buffer("slots_F", slots_F)
         self.register_buffer("num_texts_F", num_texts_F)
         self.register_buffer("starts", starts)
@@ -67,7 +66,6 @@ class NaiveBayes(nn.Module):
         numbers = torch.full((NUM_SLOTS,), -1, dtype=torch.int32)
         numbers[slots_F.long()] = torch.arange(len(slots_F), dtype=torch.int32)
         self.register_buffer("numbers", numbers, persistent=False)
-        num_texts_M = num_texts_F.repeat_interleave(sizes_F)
         self.register_buffer("weights_M", _weights(counts_M, num_texts_M), persistent=False)
         width = domains_DW.shape[1]
         self.domains_DW = nn.Parameter(domains_DW)

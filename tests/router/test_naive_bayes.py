@@ -133,7 +133,7 @@ def test_a_router_with_votes_is_saved_resumed_and_right(tmp_path: Path) -> None:
     assert np.mean([found == domain for found, domain in zip(right, domains, strict=True)]) >= 0.95
 
 
-@pytest.mark.parametrize("broken", ["starts", "domains_M", "slots_F"])
+@pytest.mark.parametrize("broken", ["starts", "domains_M", "slots_F", "counts_M"])
 def test_counts_that_point_nowhere_are_refused(tmp_path: Path, broken: str) -> None:
     _run().finish().save(tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / "router.safetensors")
