@@ -17,7 +17,7 @@ from rich.progress import Progress
 from benchmarks.adapters_publishing import publish
 from benchmarks.adapters_serving import SERVING_SCENARIOS, ServingBench
 from benchmarks.catalog_size import catalog_size
-from benchmarks.command import check_options, ended_well, quiet_progress, scenario_parser
+from benchmarks.command import check_options, ended_well, quiet_progress, scenario_parser, terminal
 from benchmarks.figures import Bar, Measurements
 from benchmarks.killed_publisher import torn
 from benchmarks.merging import FULL, QUICK, merging
@@ -27,7 +27,6 @@ from benchmarks.system import num_cores
 _DIGITS = 9
 """Of the figures in RESULT: some bars lie within a hundred thousandth of 1."""
 
-_WIDTH = 130
 
 _KILLS, _KILLS_QUICK = 500, 20
 
@@ -135,7 +134,7 @@ def _run(options: argparse.Namespace, errors: Console) -> None:
     figures: Measurements = {}
     with progress, tempfile.TemporaryDirectory() as temporary:
         serving = ServingBench(options.roots or Path(temporary), options.quick, errors)
-        bench = AdapterBench(options.quick, options.blocks, _terminal(), progress, serving)
+        bench = AdapterBench(options.quick, options.blocks, terminal(), progress, serving)
         for name in [name for name in SCENARIOS if name in (options.only or SCENARIOS)]:
             measured = SCENARIOS[name].measure(bench)
             figures |= measured
@@ -148,12 +147,6 @@ def _run(options: argparse.Namespace, errors: Console) -> None:
             verdict = "yes" if figures[name].reaches(bar) else "no"
             bench.tables.print(f"{name} {figures[name].value:.{_DIGITS}g}, bar {bar}: {verdict}", highlight=False)
     print(result_line(figures, _DIGITS), flush=True)
-
-
-def _terminal() -> Console:
-    """Standard output, wide enough for a table also where it is a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH)
 
 
 if __name__ == "__main__":

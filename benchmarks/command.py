@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 from cluster.errors import InvalidInput, ZephyraError
 
+_WIDTH = 130
+
 
 class Described(Protocol):
     """A scenario, in words."""
@@ -30,6 +32,12 @@ def scenario_parser(name: str, about: str | None, scenarios: Mapping[str, Descri
     )
     parser.add_argument("--only", nargs="+", choices=scenarios, metavar="NAME", help="scenarios to run")
     return parser
+
+
+def terminal(stderr: bool = False) -> Console:
+    """Standard output or standard error, wide enough for a table also where it is a file."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_WIDTH)
 
 
 def check_options(options: argparse.Namespace, positive: tuple[str, ...], files: tuple[str, ...]) -> None:

@@ -6,20 +6,15 @@ import platform
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bench import Bench
+from benchmarks.command import terminal
 from benchmarks.figures import Bar, Measurement, Measurements, bars
-
-_WIDTH = 110
 
 
 def print_table(figures: Measurements, bench: Bench) -> None:
     """Each figure with its spread, its bound and its bar, on standard output."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
     table = Table(title=machine_words(bench), title_justify="left")
     table.add_column("figure", no_wrap=True)
     for name in ("measured", "least", "most", "bound", "of bound", "bar", ""):
@@ -27,7 +22,7 @@ def print_table(figures: Measurements, bench: Bench) -> None:
     set_bars = bars(bench.num_adapters)
     for name, measurement in figures.items():
         table.add_row(name, *_cells(measurement), *_verdict(measurement, set_bars.get(name)))
-    console.print(table)
+    terminal().print(table)
 
 
 def in_words(figures: Measurements) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.command import check_options, ended_well, scenario_parser
+from benchmarks.command import check_options, ended_well, scenario_parser, terminal
 from benchmarks.figures import Measurements
 from benchmarks.report import result_line
 from benchmarks.router_bench import KINDS, QUICK, Effort, RouterBench
@@ -21,7 +21,7 @@ from benchmarks.router_curve import measure_curve, plot_curve, print_curve
 from benchmarks.router_data import SOURCES, files_of
 from benchmarks.router_latency import latency
 from benchmarks.router_quality import accuracy_on, clinc, fewshot, near
-from benchmarks.router_report import bars, for_result, in_words, print_table, terminal, write_json
+from benchmarks.router_report import bars, for_result, in_words, print_table, write_json
 from benchmarks.router_sentences import RememberingModel, installed_encoder
 from cluster.config import CHECKOUT
 from cluster.errors import InvalidInput

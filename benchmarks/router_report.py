@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import terminal
 from benchmarks.figures import Bar, Measurement, Measurements
 from benchmarks.router_bench import BASELINE, PRETRAINED, TAUGHT
 
@@ -48,8 +48,6 @@ _BARS = {
 }
 _AHEAD_OF_BASELINE = ("clinc_near_auroc", "hwu_accuracy", "mmlu_accuracy", "domains_accuracy", "manytask_accuracy")
 
-_WIDTH = 130
-
 
 def bars(figures: Measurements, target_false_rejection: float) -> dict[str, Bar]:
     """The bar of each figure that has one; for some it is what the baseline reached."""
@@ -63,12 +61,6 @@ def bars(figures: Measurements, target_false_rejection: float) -> dict[str, Bar]
 def for_result(figures: Measurements) -> Measurements:
     """Those of the figures that RESULT names, in its order."""
     return {name: figures[name] for name in RESULT_NAMES if name in figures}
-
-
-def terminal() -> Console:
-    """Standard output, wide enough for a table also where it is a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH)
 
 
 def print_table(figures: Measurements, set_bars: dict[str, Bar], title: str) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.command import check_options, ended_well, scenario_parser
+from benchmarks.command import check_options, ended_well, scenario_parser, terminal
 from benchmarks.figures import Measurement, Measurements, interleaved, paired_ratios
 from benchmarks.report import in_words, result_line
 from benchmarks.system import num_cores
@@ -347,7 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--roots", type=Path, help="where whole systems are kept for the next time")
     parser.add_argument("--quick", action="store_true", help="a few steps of a tiny base, to see that it works")
     options = parser.parse_args(arguments)
-    errors = Console(stderr=True)
+    errors = terminal(stderr=True)
     with ended_well(errors), tempfile.TemporaryDirectory() as temporary:
         check_options(options, positive=("threads", "rounds"), files=())
         torch.set_num_threads(options.threads)
