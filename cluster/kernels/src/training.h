@@ -12,7 +12,9 @@
 namespace training {
 
 constexpr int64_t BLOCK = 2 * LANES;  // queries at a time
-constexpr int64_t AT_ONCE = REGISTERS == 32 ? 2 : 1;  // vectors of a block, beside the tile's rows
+// A tile's sums stay in registers: of AVX-512 there are 32, of shorter vectors fewer, and sixteen numbers take several.
+constexpr bool MANY_SUMS = OWN_LANES == LANES;
+constexpr int64_t AT_ONCE = MANY_SUMS ? 2 : 1;  // vectors of a block, beside the tile's rows
 
 struct Shape {
     int64_t queries, keys, size;  // heads, and numbers of one
@@ -42,7 +44,7 @@ inline void rows_times_block(const float* rows, int64_t stride, int64_t count, i
 // out[h][lane] = sum over r of rows[r][h] * lanes[r][lane], for `size` values of h.
 inline void columns_times_lanes(const float* rows, int64_t stride, int64_t count, int64_t size, const float* lanes,
                                 float* out) {
-    constexpr int64_t TILE = REGISTERS == 32 ? 8 : 4;
+    constexpr int64_t TILE = MANY_SUMS ? 8 : 4;
     for (int64_t first = 0; first < size; first += TILE)
         for (int64_t part = 0; part < BLOCK; part += AT_ONCE * LANES) {
             V sums[TILE][AT_ONCE] = {};

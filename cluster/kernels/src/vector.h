@@ -14,13 +14,10 @@
 constexpr int LANES = 16;
 #if defined(__AVX512F__)
 constexpr int OWN_LANES = 16;  // of one of the machine's vectors
-constexpr int REGISTERS = 32;  // that each hold one
 #elif defined(__AVX__)
 constexpr int OWN_LANES = 8;
-constexpr int REGISTERS = 16;
 #else
 constexpr int OWN_LANES = 4;
-constexpr int REGISTERS = 16;  // NEON has twice as many
 #endif
 
 typedef float Own __attribute__((vector_size(4 * OWN_LANES)));
