@@ -27,7 +27,6 @@ from benchmarks.system import num_cores
 _DIGITS = 9
 """Of the figures in RESULT: some bars lie within a hundred thousandth of 1."""
 
-
 _KILLS, _KILLS_QUICK = 500, 20
 
 

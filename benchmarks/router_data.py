@@ -32,6 +32,11 @@ class Texts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def names_topics(self) -> bool:
+        """Whether some domain has more than one intent."""
+        return len(set(zip(self.domains, self.intents, strict=True))) > len(set(self.domains))
+
     def take(self, indices: Sequence[int]) -> "Texts":
         """Those rows, in that order."""
         columns = ([column[index] for index in indices] for column in (self.texts, self.domains, self.intents))
