@@ -83,7 +83,7 @@ class RouterSettings(_Settings):
     feature_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of all features that a step leaves out, each by itself. With hundreds of texts per domain 0.4 is better."""
     word_omission: float = Field(default=0.0, ge=0, le=0.5)
-    """Share of words left out whole; of short prompts fewer (decision 34). With hundreds per domain, 0.3 is better."""
+    """Rate, drawn likewise, of words left out whole; of short prompts fewer (decision 34). With many texts, 0.3."""
     naive_bayes: bool = False
     """Let features vote by how many texts of each domain hold them (decision 36). With hundreds of texts per domain it
     is better. Does nothing where the data names topics."""

@@ -50,12 +50,9 @@ _ENCODE_BATCH = 256
 _CHECKPOINT = "router_fit.safetensors"
 _TUNING = "tuning."
 
-_VOTES_WEIGHT = 0.5
-"""Of the loss of naive Bayes alone, for the reason below."""
-
-_SENTENCE_WEIGHT = 0.5
-"""Of the loss of the sentence alone. The n-grams learn the training texts by heart, and then nothing is left from which
-the sentence's projection could learn."""
+_VOTES_WEIGHT, _SENTENCE_WEIGHT = 0.5, 0.5
+"""Of the losses of naive Bayes alone and of the sentence alone. The rows of n-grams learn the training texts by heart,
+and then nothing is left from which what stands beside them could learn."""
 
 
 @dataclass(frozen=True, slots=True)
