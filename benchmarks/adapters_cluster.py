@@ -19,7 +19,7 @@ from ray import serve
 from ray.util import list_named_actors
 
 from benchmarks.adapters_root import domain
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.engine.engine import EngineStats
 from cluster.lora.packed_adapter import PackedAdapter
 from cluster.messages import AdapterRef

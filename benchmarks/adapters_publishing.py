@@ -13,7 +13,7 @@ from benchmarks.adapters_cluster import Answered, Load, ServedRoot, served
 from benchmarks.adapters_root import adapter_bytes, domain
 from benchmarks.adapters_serving import FEW, ServingBench
 from benchmarks.figures import Measurement, Measurements
-from cluster.config import RouterSettings
+from cluster.config.training import RouterSettings
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, Change
 from cluster.messages import NONE_DOMAIN, AdapterRef

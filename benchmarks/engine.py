@@ -25,7 +25,7 @@ from benchmarks.report import in_words, machine_words, print_table, result_line,
 from benchmarks.system import TimedModel, num_cores, read_bandwidth
 from benchmarks.throughput import MANY, idle_adapters, serving, sharing
 from benchmarks.turnover import cliff, crowded_cliff, hot_and_cold
-from cluster.config import CHECKOUT
+from cluster.config.places import CHECKOUT
 from cluster.errors import InvalidInput
 from cluster.lora.catalog import Catalog
 from cluster.training.pipeline import data_of

@@ -13,7 +13,7 @@ import torch
 from benchmarks.bench import Bench
 from benchmarks.figures import Measurement, Measurements, paired_ratios
 from benchmarks.system import Size, System, plain
-from cluster.config import Quantization
+from cluster.config.settings import Quantization
 from cluster.model.base import load_base, quantize_base
 from cluster.training.perplexity import quantization_costs, rows_of_all_domains
 

@@ -23,7 +23,7 @@ from benchmarks.router_latency import latency
 from benchmarks.router_quality import accuracy_on, clinc, fewshot, near
 from benchmarks.router_report import bars, for_result, in_words, print_table, write_json
 from benchmarks.router_sentences import RememberingModel, installed_encoder
-from cluster.config import CHECKOUT
+from cluster.config.places import CHECKOUT
 from cluster.errors import InvalidInput
 from cluster.router.sentence_model import PACKAGE, SentenceModel, find_sentence_model
 

@@ -14,7 +14,7 @@ from benchmarks.command import quiet_progress
 from benchmarks.figures import Measurements, SeedMeasurement
 from benchmarks.router_data import DataSet, Texts, load
 from benchmarks.router_sentences import RememberingModel
-from cluster.config import RouterSettings
+from cluster.config.training import RouterSettings
 from cluster.router.fit import RouterFit
 from cluster.router.tiny_ada import TinyAda
 

@@ -21,7 +21,7 @@ from benchmarks.linear_router import Linear
 from benchmarks.router_bench import BASELINE, RouterBench
 from benchmarks.router_data import split_off_calibration
 from benchmarks.router_sentences import RememberingModel
-from cluster.config import RouterSettings
+from cluster.config.training import RouterSettings
 from cluster.router.sentence_encoder import SentenceEncoder
 from cluster.router.tiny_ada import TinyAda
 

@@ -11,7 +11,7 @@ import httpx
 import ray
 
 from benchmarks.adapters_cluster import free_port
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from deployments.application import APPLICATION_NAME
 from deployments.cluster import HOST, Ports, serving
 

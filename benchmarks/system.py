@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from benchmarks.client import AdapterLibrary, Client, Played
 from benchmarks.workload import MixtureOf, Workload
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.engine import Engine
 from cluster.errors import InvalidInput
 from cluster.messages import AdapterRef, Mixture

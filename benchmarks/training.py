@@ -27,7 +27,8 @@ from benchmarks.training_library import many_tasks, open_domains, read_tasks
 from benchmarks.training_peers import Plan, train_with_peft, train_with_trainer
 from benchmarks.training_run import QuietRun
 from benchmarks.training_workers import Work, compare
-from cluster.config import CHECKOUT, AdapterSettings, BaseSettings
+from cluster.config.places import CHECKOUT
+from cluster.config.training import AdapterSettings, BaseSettings
 from cluster.lora.weights import AdapterWeights
 from cluster.model import ZephyraFusionConfig, ZephyraFusionForCausalLM
 from cluster.model.base import Base

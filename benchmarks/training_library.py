@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.figures import Measurement, Measurements
 from benchmarks.served_system import served_system
 from benchmarks.training_run import QuietRun
-from cluster.config import CHECKOUT
+from cluster.config.places import CHECKOUT
 from cluster.errors import InvalidInput
 from cluster.lora.catalog import Catalog
 from cluster.messages import AdapterRef

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.figures import Measurement, Measurements
 from benchmarks.training_run import QuietRun
-from cluster.config import AdapterSettings, BaseSettings
+from cluster.config.training import AdapterSettings, BaseSettings
 from cluster.model.base import Base
 from cluster.training.data import Example
 from cluster.training.one_pass import FitSettings, fit_adapters

@@ -24,7 +24,7 @@ from starlette.requests import Request
 from benchmarks.figures import Measurement, percentile
 from benchmarks.report import result_line
 from benchmarks.served_system import ServedSystem, served_system
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.engine.engine import Engine
 from cluster.messages import GenerateRequest, Mixture, SamplingParams
 from cluster.model.base import load_base

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import absolute
+from cluster.config.places import absolute
 from cluster.errors import InvalidInput
 
 

@@ -6,7 +6,7 @@ with default settings. Both are made on demand: a proxy that imports only the gR
 
 from typing import TYPE_CHECKING
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 
 if TYPE_CHECKING:
     from ray.serve import Application

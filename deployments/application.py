@@ -11,7 +11,8 @@ from ray.serve import Application, Deployment
 from ray.serve.schema import LoggingConfig
 
 import cluster
-from cluster.config import CHECKOUT, AppSettings, FetchSettings
+from cluster.config.places import CHECKOUT
+from cluster.config.serving import AppSettings, FetchSettings
 from cluster.environment import set_environment
 from cluster.errors import InvalidInput
 from cluster.lora.catalog import Catalog

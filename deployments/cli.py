@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from cluster.config import DEFAULT_ROOT, AppSettings, Device, Quantization, absolute
+from cluster.config.places import DEFAULT_ROOT, absolute
+from cluster.config.serving import AppSettings
+from cluster.config.settings import Device, Quantization
 from cluster.errors import InvalidInput
 from deployments.commands.command_line import (
     STARTER,

@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.environment import GrpcTls, put_first_on_path, told_of_tls
 from cluster.errors import InvalidInput, PortTaken
 from deployments.api.grpc_service import check_certificate

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from cluster.config import Root
+from cluster.config.places import Root
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, CatalogState
 from cluster.messages import NONE_DOMAIN, RoutingDecision

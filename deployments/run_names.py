@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.config import StageSettings
+from cluster.config.training import StageSettings
 from cluster.errors import InvalidInput
 
 _FILE = "run.json"

@@ -22,7 +22,9 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.config import Device, LiveDomainSettings, StageSettings, is_hub_id
+from cluster.config.places import is_hub_id
+from cluster.config.settings import Device
+from cluster.config.training import LiveDomainSettings, StageSettings
 from cluster.environment import ray_address
 from cluster.errors import InvalidInput, ZephyraError
 from cluster.training import DIVISIBLE, JOBS, ON_DEVICE, STAGES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.environment import GrpcTls, told_of_tls
 from tests.nano import build_root
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from cluster.config import RouterSettings
+from cluster.config.training import RouterSettings
 from cluster.lora import peft_format
 from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.intake import Intake
 from cluster.engine.native_runner import native_runner

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.runner import num_kv_blocks
 from cluster.engine.scheduler import Chunk
 from cluster.kernels.decoder import NativeDecoder, StepInput, kv_block_bytes, native_decoder, why_not_native

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.block_pool import blocks_for
 from cluster.engine.scheduler import Chunk
 from cluster.lora.weights import AdapterWeights, LinearLayer, Resident

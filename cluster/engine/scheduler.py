@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.block_pool import BLOCK_TOKENS, BlockPool, block_key, blocks_for, root_key
 from cluster.engine.fair_queue import FairQueue
 from cluster.engine.residency import admissible, loading

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.block_pool import BLOCK_TOKENS
 from cluster.engine.kv_cache import ATTENTION, Context, KvCache, StepContext, places_of
 from cluster.engine.runner import num_kv_blocks

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cluster.config import Root
+from cluster.config.places import Root
 from cluster.errors import CorruptArtifact, UnknownDomain
 from cluster.lora.checksums import CHECKSUMS, MAX_CHECKSUMS_BYTES, FileSum, check_folder, parse_checksums
 from cluster.lora.store import Storage, open_storage

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cluster.config import Root
+from cluster.config.places import Root
 from cluster.errors import CatalogConflict, CorruptArtifact
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog_state import CatalogState, Change

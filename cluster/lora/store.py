@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from cluster.config import Root
+from cluster.config.places import Root
 from cluster.errors import CorruptArtifact, InvalidInput
 from cluster.lora.checksums import CHECKSUMS, check_name, write_checksums
 

@@ -15,7 +15,7 @@ import jinja2
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cluster.config import Quantization
+from cluster.config.settings import Quantization
 from cluster.errors import InvalidInput, NotTrained
 from cluster.messages import ChatMessage, Prompt, Role
 from cluster.model.quantization import num_weights, weight_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from cluster.config import absolute, is_hub_id
+from cluster.config.places import absolute, is_hub_id
 from cluster.errors import NotTrained
 
 _FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cluster.config import Quantization
+from cluster.config.settings import Quantization
 from cluster.errors import CorruptArtifact, InvalidInput
 
 GROUP_INPUTS = 32

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from cluster.config import Quantization
+from cluster.config.settings import Quantization
 from cluster.errors import CorruptArtifact, InvalidInput
 from cluster.model.quantization import QuantizedMatrix, quantize_model
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.config import RouterSettings
+from cluster.config.training import RouterSettings
 from cluster.router.features import PAIR, WORD, FeatureBatch
 from cluster.router.lexicon import NUM_GROUPS, Counted
 

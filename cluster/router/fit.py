@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cluster.config import RouterSettings
+from cluster.config.training import RouterSettings
 from cluster.errors import InvalidData, InvalidInput
 from cluster.messages import NONE_DOMAIN, check_domain_name
 from cluster.router.encoder import NOVEL_WIDTH, Encoder, Encoding, join

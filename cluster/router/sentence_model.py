@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from cluster.config import absolute
+from cluster.config.places import absolute
 from cluster.errors import CorruptArtifact, InvalidInput
 from cluster.router.features import window
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cluster.config import StageSettings
+    from cluster.config.training import StageSettings
     from cluster.training.run import Run
 
 # Each is imported when it runs: who only asks for a stage's name must not wait for torch and transformers.

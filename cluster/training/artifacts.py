@@ -2,7 +2,8 @@
 
 import torch
 
-from cluster.config import Root, StageSettings
+from cluster.config.places import Root
+from cluster.config.training import StageSettings
 from cluster.errors import CatalogConflict, StageOrder
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, CatalogState, Change

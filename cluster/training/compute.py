@@ -2,7 +2,8 @@
 
 import torch
 
-from cluster.config import Device, StageSettings, TrainingDtype
+from cluster.config.settings import Device
+from cluster.config.training import StageSettings, TrainingDtype
 from cluster.errors import InvalidInput
 from cluster.training.run import Run
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cluster.config import BadRowSettings, StageSettings
+from cluster.config.training import BadRowSettings, StageSettings
 from cluster.errors import InvalidData, InvalidInput
 from cluster.messages import BASE_DOMAIN, NONE_DOMAIN, check_domain_name
 from cluster.model.base import as_question, encode_answers, encode_prompts

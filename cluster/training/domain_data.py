@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import BadRowSettings
+from cluster.config.training import BadRowSettings
 from cluster.errors import InvalidData
 from cluster.router.examples import MAX_EXAMPLE_CHARACTERS, MAX_EXAMPLES, MAX_EXAMPLES_BYTES, Examples
 from cluster.training.data import Row, check_split, row_of

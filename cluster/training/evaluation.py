@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.engine import Engine
 from cluster.errors import InvalidData, PromptTooLong
 from cluster.lora.catalog import Catalog

@@ -6,7 +6,7 @@ A copy, so that the root is whole wherever it goes: adapters mean nothing withou
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.config import Root
+from cluster.config.places import Root
 from cluster.errors import InvalidInput
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, Change

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from cluster.config import is_hub_id
+from cluster.config.places import is_hub_id
 from cluster.errors import InvalidData
 
 _CONVERTED = "refs/convert/parquet"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cluster.config import StageSettings
+from cluster.config.training import StageSettings
 from cluster.errors import CatalogConflict, StageOrder
 from cluster.lora.catalog import Catalog, CatalogState, Change
 from cluster.lora.checksums import CHECKSUMS

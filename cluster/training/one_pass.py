@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cluster.config import AdapterSettings
+from cluster.config.training import AdapterSettings
 from cluster.lora.weights import AdapterWeights
 from cluster.model.base import Base
 from cluster.training.data import BatchPlan, Example

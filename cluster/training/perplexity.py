@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cluster.config import Quantization
+from cluster.config.settings import Quantization
 from cluster.errors import InvalidData
 from cluster.model.base import Base, load_base, quantize_base
 from cluster.training.data import Row, encode, read_data

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.config import CHECKOUT, StageSettings
+from cluster.config.places import CHECKOUT
+from cluster.config.training import StageSettings
 from cluster.training import STAGES
 
 _FILE = "training.json"

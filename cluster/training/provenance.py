@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import cluster
-from cluster.config import StageSettings
+from cluster.config.training import StageSettings
 from cluster.training.data import data_digest
 
 FILE = "training.json"

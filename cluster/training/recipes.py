@@ -1,6 +1,6 @@
 """The recipes: settings of all four stages by name."""
 
-from cluster.config import AdapterSettings, BaseSettings, JointSettings, Recipe, RouterSettings
+from cluster.config.training import AdapterSettings, BaseSettings, JointSettings, Recipe, RouterSettings
 from cluster.errors import InvalidInput
 
 _MINI_BASE = BaseSettings(

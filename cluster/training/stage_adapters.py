@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from cluster.config import StageSettings
+from cluster.config.training import StageSettings
 from cluster.lora import peft_format
 from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version

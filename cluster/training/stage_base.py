@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cluster.config import BaseSettings, StageSettings
+from cluster.config.training import BaseSettings, StageSettings
 from cluster.errors import InvalidData, InvalidInput
 from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version

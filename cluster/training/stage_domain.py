@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.config import LiveDomainSettings, StageSettings
+from cluster.config.training import LiveDomainSettings, StageSettings
 from cluster.errors import GateRefused, InvalidInput
 from cluster.lora import peft_format
 from cluster.lora.artifacts import Store

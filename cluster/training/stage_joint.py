@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cluster.config import StageSettings
+from cluster.config.training import StageSettings
 from cluster.errors import InvalidInput
 from cluster.messages import NONE_DOMAIN
 from cluster.router.reliability import effective_number

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cluster.config import StageSettings
+from cluster.config.training import StageSettings
 from cluster.errors import StageOrder
 from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version

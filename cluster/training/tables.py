@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.config import BadRowSettings
+from cluster.config.training import BadRowSettings
 from cluster.errors import InvalidData
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.grpc_util import RayServegRPCContext
 from starlette.requests import HTTPConnection
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.errors import InvalidKey, PeerRefused, RoleRefused
 from deployments.api.keys import Keys, Role
 from deployments.api.loopback import check_local, is_local_peer

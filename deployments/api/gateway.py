@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.classification import ClassifyRequest, LabelScore, label_scores
-from cluster.config import Root
+from cluster.config.places import Root
 from cluster.errors import DeadlineExceeded, InvalidMixture, ReplicaLost, RouterUnavailable, UnknownDomain, UnknownModel
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, CatalogState

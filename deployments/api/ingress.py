@@ -6,7 +6,7 @@ from contextlib import aclosing
 from fastapi import FastAPI
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from deployments import calls
 from deployments.api import classify, domains_grpc, feedback, grpc_api
 from deployments.api.access import CALL_ROLES, access_of

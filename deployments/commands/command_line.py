@@ -8,7 +8,10 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from cluster.config import DEFAULT_ROOT, AppSettings, Device, Root, StageSettings, absolute, is_hub_id
+from cluster.config.places import DEFAULT_ROOT, Root, absolute, is_hub_id
+from cluster.config.serving import AppSettings
+from cluster.config.settings import Device
+from cluster.config.training import StageSettings
 from cluster.errors import InvalidInput, StageOrder, ZephyraError
 
 console = Console()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.config import Device
+from cluster.config.settings import Device
 from cluster.errors import InvalidInput
 from cluster.router.examples import MAX_EXAMPLES_BYTES, Examples
 from deployments.commands.command_line import (
@@ -92,7 +92,7 @@ def train(
     device: Annotated[Device, typer.Option(help="Where it is trained: cpu or cuda.")] = "cpu",
 ) -> None:
     """Train a domain from raw data while the system serves; published only if what is held out speaks for it."""
-    from cluster.config import LiveDomainSettings, StageSettings
+    from cluster.config.training import LiveDomainSettings, StageSettings
     from cluster.training.hub_data import find_data
     from cluster.training.pipeline import data_of, live_recipe
     from cluster.training.recipes import recipe as recipe_named

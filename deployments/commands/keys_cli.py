@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from cluster.config import DEFAULT_KEYS_FILE, absolute
+from cluster.config.places import DEFAULT_KEYS_FILE, absolute
 from deployments.commands.command_line import console, errors_told
 
 app = typer.Typer(no_args_is_help=True, help="API keys: the hashes of those that are let in.")

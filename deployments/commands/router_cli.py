@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.config import StageSettings
+from cluster.config.training import StageSettings
 from deployments.commands.command_line import (
     STARTER,
     console,

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from cluster.config import AppSettings, absolute
+from cluster.config.places import absolute
+from cluster.config.serving import AppSettings
 from cluster.errors import InvalidInput
 from cluster.lora.artifacts import Store
 from cluster.router.examples import MAX_EXAMPLES_BYTES, Examples

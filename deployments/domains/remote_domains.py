@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.errors import PeerRefused, PublisherUnavailable
 from deployments import calls
 from deployments.domains.info import DomainChange, DomainHistory, DomainPage, NewDomain

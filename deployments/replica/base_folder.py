@@ -6,7 +6,9 @@ A quantized form lies beside its base, `base/3-int8` beside `base/3`, and is no 
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import DEFAULT_ROOT, AppSettings, Quantization, absolute, is_hub_id
+from cluster.config.places import DEFAULT_ROOT, absolute, is_hub_id
+from cluster.config.serving import AppSettings
+from cluster.config.settings import Quantization
 from cluster.errors import InvalidInput, NotTrained
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.engine.engine import Engine, EngineStats
 from cluster.errors import AdapterUnavailable, ZephyraError
 from cluster.lora.affinity import publish

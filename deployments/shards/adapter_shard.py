@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cluster.config import Root
+from cluster.config.places import Root
 from cluster.errors import ZephyraError
 from cluster.lora.artifacts import Store
 from cluster.lora.byte_lru import ByteLru

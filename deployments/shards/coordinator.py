@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
 
-from cluster.config import FetchSettings
+from cluster.config.serving import FetchSettings
 from cluster.errors import AdapterUnavailable, ZephyraError
 from cluster.lora.placement import owners_of
 from cluster.messages import AdapterRef

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.block_pool import BLOCK_TOKENS, BlockPool, blocks_for
 from cluster.engine.detokenizer import Detokenizer
 from cluster.engine.scheduler import Chunk, Scheduler

@@ -24,7 +24,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.engine import Engine, StepOutput, max_tokens_of
 from cluster.engine.native_runner import native_runner
 from cluster.engine.runner import Runner

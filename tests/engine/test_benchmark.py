@@ -18,7 +18,7 @@ from benchmarks.engine import main
 from benchmarks.figures import Bar, Measurement, interleaved, paired_ratios, percentile, share_allowed
 from benchmarks.system import domain, in_turn
 from benchmarks.workload import Workload
-from cluster.config import CHECKOUT
+from cluster.config.places import CHECKOUT
 from cluster.messages import Mixture
 from tests.engine.systems import tokenizer
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.engine import Engine, end_of_sequence_ids
 from cluster.errors import CorruptArtifact, DeadlineExceeded, IncompatibleAdapter, InvalidInput, PromptTooLong
 from cluster.lora.weights import AdapterWeights, Factors

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.detokenizer import Detokenizer
 from cluster.engine.scheduler import Chunk
 from cluster.engine.sequence import Sequence

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.detokenizer import Detokenizer
 from cluster.engine.runner import Runner
 from cluster.engine.scheduler import Chunk

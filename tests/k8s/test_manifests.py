@@ -12,7 +12,9 @@ import yaml
 from lightkube.models.core_v1 import Container
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.config import DEFAULT_KEYS_FILE, AppSettings, Recipe, StageSettings
+from cluster.config.places import DEFAULT_KEYS_FILE
+from cluster.config.serving import AppSettings
+from cluster.config.training import Recipe, StageSettings
 from cluster.training import DIVISIBLE, STAGES
 from deployments.application import PROXY
 from deployments.cluster import SERVICER

@@ -1,6 +1,8 @@
 """Settings: unknown keys and relative paths are refused, defaults are valid, and a folder stands for its root."""
 
+import importlib
 import inspect
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,20 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import cluster.config
-from cluster.config import CHECKOUT, AppSettings, LiveDomainSettings, Recipe, StageSettings
+from cluster.config.places import CHECKOUT
+from cluster.config.serving import AppSettings
+from cluster.config.settings import Settings
+from cluster.config.training import LiveDomainSettings, Recipe, StageSettings
 
+MODULES = [
+    importlib.import_module(module.name)
+    for module in pkgutil.iter_modules(cluster.config.__path__, f"{cluster.config.__name__}.")
+]
 SETTINGS = [
     item
-    for _, item in inspect.getmembers(cluster.config, inspect.isclass)
-    if issubclass(item, BaseModel) and item.__module__ == "cluster.config" and not item.__name__.startswith("_")
+    for module in MODULES
+    for _, item in inspect.getmembers(module, inspect.isclass)
+    if issubclass(item, BaseModel) and item.__module__ == module.__name__ and item is not Settings
 ]
 
 REQUIRED: dict[type[BaseModel], dict[str, Any]] = {

@@ -5,7 +5,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from cluster.config import AppSettings, is_hub_id
+from cluster.config.places import is_hub_id
+from cluster.config.serving import AppSettings
 from cluster.errors import InvalidInput, NotTrained
 from cluster.model.base import fingerprint
 from cluster.model.hub import find_base, hub_folder

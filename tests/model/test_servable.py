@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.engine import Engine
 from cluster.errors import InvalidInput, NotTrained
 from cluster.messages import GenerateRequest, Mixture, SamplingParams

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 from ray.serve.config import AutoscalingConfig
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from deployments.application import bind
 from deployments.replica.autoscaling import LOAD, TARGET_LOAD, autoscaling_config, desired_replicas, load_of
 from tests.serving.test_application import deployments_of

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-from cluster.config import CHECKOUT
+from cluster.config.places import CHECKOUT
 from deployments.monitoring.metrics import METRICS
 
 FOLDER = CHECKOUT / "monitoring"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cluster.config import RouterSettings
+from cluster.config.training import RouterSettings
 from cluster.router.fit import RouterFit
 from cluster.router.tiny_ada import TinyAda
 from tests.router.prompts import prompts

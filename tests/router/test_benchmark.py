@@ -23,7 +23,7 @@ from benchmarks.router_metrics import auroc, calibration_error, false_positive_r
 from benchmarks.router_quality import judge, judge_linear
 from benchmarks.router_report import PRETRAINED_NAMES, RESULT_NAMES, bars, for_result
 from benchmarks.router_sentences import RememberingModel
-from cluster.config import RouterSettings
+from cluster.config.training import RouterSettings
 from cluster.errors import InvalidData, InvalidInput
 from cluster.router.encoder import NOVEL_WIDTH
 from cluster.router.tiny_ada import TinyAda

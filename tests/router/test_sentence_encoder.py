@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.config import RouterSettings
+from cluster.config.training import RouterSettings
 from cluster.errors import CorruptArtifact, InvalidInput
 from cluster.messages import NONE_DOMAIN
 from cluster.router.explanation import explain, words

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.config import RouterSettings
+from cluster.config.training import RouterSettings
 from cluster.errors import InvalidInput
 from cluster.messages import NONE_DOMAIN
 from cluster.router.encoder import Encoder

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cluster.config import RouterSettings
+from cluster.config.training import RouterSettings
 from cluster.errors import InvalidData
 from cluster.router.episodes import Episode
 from cluster.router.fit import RouterFit

@@ -4,7 +4,7 @@ import json
 
 import httpx
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from deployments.api.access import Access
 from deployments.api.gateway import Gateway
 from deployments.api.openai_api import build_api

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.messages import RoutingDecision
 from deployments.api.gateway import Gateway
 from deployments.replica.base_replica import BaseReplica

@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from deployments.api.access import Access
 from deployments.api.gateway import Gateway
 from deployments.api.openai_api import build_api

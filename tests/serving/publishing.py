@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 from ray.serve.grpc_util import gRPCInputStream
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from deployments.api.access import Access
 from deployments.api.gateway import Gateway
 from deployments.api.openai_api import build_api

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from google.protobuf.message_factory import GetMessageClass
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.errors import InvalidKey, PeerRefused, ZephyraError
 from deployments.api.access import CALL_ROLES, Access
 from deployments.api.gate import OPEN_PATHS

@@ -10,7 +10,7 @@ from peft import PeftModel
 from ray import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.errors import InvalidInput
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog

@@ -12,7 +12,8 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.config import CHECKOUT, AppSettings, FetchSettings
+from cluster.config.places import CHECKOUT
+from cluster.config.serving import AppSettings, FetchSettings
 from cluster.errors import CorruptArtifact, InvalidInput, NotTrained, PortTaken
 from cluster.lora.catalog import Catalog, Change
 from deployments import app

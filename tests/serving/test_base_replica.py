@@ -4,7 +4,7 @@ from contextlib import aclosing
 
 import pytest
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.lora.affinity import view
 from cluster.messages import AdapterRef, GenerateRequest, Mixture, SamplingParams
 from deployments.replica.base_replica import BaseReplica

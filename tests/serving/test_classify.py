@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.classification import ClassifyRequest, Normalize
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.errors import DeadlineExceeded, Overloaded, UnknownDomain, ZephyraError
 from cluster.lora.packed_adapter import pack
 from cluster.lora.peft_format import unpack

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from ray import serve
 from ray.util import list_named_actors
 
-from cluster.config import AppSettings, EngineSettings
+from cluster.config.serving import AppSettings, EngineSettings
 from cluster.engine.engine import Engine
 from cluster.lora.catalog import Catalog
 from cluster.lora.packed_adapter import pack

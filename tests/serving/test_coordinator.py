@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.exceptions import ActorUnavailableError
 
-from cluster.config import FetchSettings
+from cluster.config.serving import FetchSettings
 from cluster.errors import AdapterUnavailable, CorruptArtifact, UnknownDomain
 from cluster.lora.packed_adapter import pack
 from cluster.lora.placement import owners_of, shard_of

@@ -13,7 +13,7 @@ import pytest
 import ray
 from ray.util import list_named_actors
 
-from cluster.config import AdapterSettings, LiveDomainSettings, Recipe, StageSettings
+from cluster.config.training import AdapterSettings, LiveDomainSettings, Recipe, StageSettings
 from cluster.lora.catalog import Catalog, Change
 from cluster.lora.store import write_version
 from cluster.router.policy import Policy

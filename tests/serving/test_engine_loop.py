@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 import pytest
 
-from cluster.config import EngineSettings
+from cluster.config.serving import EngineSettings
 from cluster.engine.engine import Engine
 from cluster.errors import AdapterUnavailable, IncompatibleAdapter, PromptTooLong, ReplicaLost, ZephyraError
 from cluster.lora.packed_adapter import pack

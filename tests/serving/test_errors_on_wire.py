@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from cluster import errors
-from cluster.config import AppSettings, EngineSettings
+from cluster.config.serving import AppSettings, EngineSettings
 from cluster.engine.engine import Engine
 from cluster.lora.catalog import Catalog
 from cluster.messages import AdapterRef

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.errors import DeadlineExceeded, InvalidMixture, Overloaded, RouterUnavailable, UnknownDomain, UnknownModel
 from cluster.lora.catalog import Catalog, Change
 from cluster.messages import (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.errors import InvalidInput, KeysUnavailable
 from deployments.api.keys import CHECK_S, MAX_FILE_BYTES, Keys, Role, add_key, read_keys, remove_key
 from deployments.application import build

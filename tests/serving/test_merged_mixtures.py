@@ -6,7 +6,7 @@ from contextlib import aclosing
 import pytest
 import torch
 
-from cluster.config import AppSettings, EngineSettings, FetchSettings
+from cluster.config.serving import AppSettings, EngineSettings, FetchSettings
 from cluster.engine.engine import Engine
 from cluster.errors import AdapterUnavailable, InvalidInput, UnknownDomain
 from cluster.lora.merge_plan import Method

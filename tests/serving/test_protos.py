@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cluster.config import CHECKOUT
+from cluster.config.places import CHECKOUT
 
 GENERATED = ("zephyra_pb2.py", "zephyra_pb2.pyi", "zephyra_pb2_grpc.py")
 

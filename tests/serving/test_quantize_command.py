@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.errors import CorruptArtifact, InvalidInput, NotTrained
 from cluster.lora.catalog import Catalog
 from cluster.lora.delta import dense_delta

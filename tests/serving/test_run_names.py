@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import BaseSettings, Recipe, StageSettings
+from cluster.config.training import BaseSettings, Recipe, StageSettings
 from cluster.errors import InvalidInput
 from cluster.training.recipes import RECIPES
 from deployments import train
@@ -47,7 +47,7 @@ def test_what_cannot_be_a_name_is_refused_before_anything_is_written(tmp_path: P
 _HOLDER = """
 import sys, time
 from pathlib import Path
-from cluster.config import Recipe, StageSettings
+from cluster.config.training import Recipe, StageSettings
 from deployments.run_names import named_run
 root = Path(sys.argv[1])
 with named_run("one", StageSettings(root=root, data=root / "data", recipe=Recipe(), name="starter")):

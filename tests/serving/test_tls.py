@@ -15,7 +15,7 @@ from ray.serve._private.http_util import start_asgi_http_server
 from ray.serve.config import gRPCOptions
 from ray.serve.grpc_util import RayServegRPCContext
 
-from cluster.config import AppSettings
+from cluster.config.serving import AppSettings
 from cluster.environment import GrpcTls, grpc_tls, told_of_tls
 from cluster.errors import InvalidInput, ZephyraError
 from deployments.api.access import Access

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.config import AdapterSettings, BaseSettings, Recipe, StageSettings
+from cluster.config.training import AdapterSettings, BaseSettings, Recipe, StageSettings
 from cluster.errors import InvalidInput
 from cluster.lora.catalog import Catalog, Change
 from cluster.training.stage_adapters import train_adapters

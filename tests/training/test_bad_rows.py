@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.config import BadRowSettings, BaseSettings, Recipe, StageSettings
+from cluster.config.training import BadRowSettings, BaseSettings, Recipe, StageSettings
 from cluster.errors import InvalidData
 from cluster.lora.catalog import Catalog
 from cluster.training import STAGES

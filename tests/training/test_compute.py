@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cluster.config import CHECKOUT, AdapterSettings, BaseSettings, Recipe, StageSettings, TrainingDtype
+from cluster.config.places import CHECKOUT
+from cluster.config.training import AdapterSettings, BaseSettings, Recipe, StageSettings, TrainingDtype
 from cluster.errors import InvalidInput
 from cluster.lora.weights import AdapterWeights
 from cluster.model.base import Base

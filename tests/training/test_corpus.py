@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from cluster.config import BaseSettings, Recipe, StageSettings
+from cluster.config.training import BaseSettings, Recipe, StageSettings
 from cluster.errors import InvalidData
 from cluster.messages import BASE_DOMAIN
 from cluster.training import STAGES

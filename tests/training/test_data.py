@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config import BadRowSettings
+from cluster.config.training import BadRowSettings
 from cluster.errors import InvalidData
 from cluster.model.base import encode_prompt
 from cluster.router.examples import MAX_EXAMPLE_CHARACTERS, MAX_EXAMPLES

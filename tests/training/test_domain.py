@@ -14,7 +14,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from cluster.config import AdapterSettings, LiveDomainSettings, Recipe, StageSettings
+from cluster.config.training import AdapterSettings, LiveDomainSettings, Recipe, StageSettings
 from cluster.errors import CatalogConflict, GateRefused, InvalidData, InvalidInput, StageOrder
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog, Change

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from cluster.config import AdapterSettings, BaseSettings, JointSettings, Recipe, RouterSettings, StageSettings
+from cluster.config.training import AdapterSettings, BaseSettings, JointSettings, Recipe, RouterSettings, StageSettings
 from cluster.errors import DiskFull
 from cluster.lora.catalog import Catalog
 from cluster.training import STAGES

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from cluster.config import AdapterSettings, JointSettings, Recipe, RouterSettings, StageSettings
+from cluster.config.training import AdapterSettings, JointSettings, Recipe, RouterSettings, StageSettings
 from cluster.errors import InvalidInput
 from cluster.lora.artifacts import Store
 from cluster.lora.catalog import Catalog

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 import cluster.training.one_pass as one_pass_module
-from cluster.config import AdapterSettings, DomainAdapterSettings
+from cluster.config.training import AdapterSettings, DomainAdapterSettings
 from cluster.errors import InvalidInput
 from cluster.lora.weights import AdapterWeights, Factors, adaptable_layers
 from cluster.model.base import Base

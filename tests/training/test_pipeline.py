@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.config import Recipe, StageSettings
+from cluster.config.training import Recipe, StageSettings
 from cluster.training import STAGES
 from cluster.training.pipeline import data_of, is_trained, run_all
 from cluster.training.run import LocalRun

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cluster.config import Recipe, RouterSettings, StageSettings
+from cluster.config.training import Recipe, RouterSettings, StageSettings
 from cluster.errors import CatalogConflict, InvalidInput, StageOrder
 from cluster.lora import peft_format
 from cluster.lora.artifacts import Store

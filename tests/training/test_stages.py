@@ -10,14 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.config import (
-    AdapterSettings,
-    BaseSettings,
-    JointSettings,
-    Recipe,
-    RouterSettings,
-    StageSettings,
-)
+from cluster.config.training import AdapterSettings, BaseSettings, JointSettings, Recipe, RouterSettings, StageSettings
 from cluster.errors import CatalogConflict, InvalidData, InvalidInput, StageOrder
 from cluster.lora.catalog import Catalog, Change
 from cluster.router.policy import Policy

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from cluster.config import Recipe, StageSettings
+from cluster.config.training import Recipe, StageSettings
 from cluster.training.provenance import FILE, write_provenance
 from cluster.training.run import LocalRun
 from tests.training.rows import write_parquet

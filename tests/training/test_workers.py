@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cluster.config import BaseSettings
+from cluster.config.training import BaseSettings
 from cluster.errors import InvalidInput
 from cluster.model import ZephyraFusionForCausalLM
 from cluster.training import stage_base

@@ -1,67 +1,22 @@
-"""Every setting, with its default and unit.
+"""What the stages of training are run with, in whatever order: their settings, and recipes that hold those of all.
 
-Pydantic models with unknown keys refused, frozen, composed and never inherited from one another.
+The recipes themselves are in cluster/training/recipes.py.
 """
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-"""The folder that holds `cluster/`: relative paths in settings are taken from here, in whatever process."""
-
-_ARTIFACTS = "artifacts"
-DEFAULT_ROOT = f"{_ARTIFACTS}/starter"
-DEFAULT_KEYS_FILE = "keys/keys.json"
-
-Root = Path | str
-"""Where artifacts lie: a local folder as a path, or the URI of a bucket: s3://..., gs://..., az://..., file://..."""
-
-Device = Literal["cpu", "cuda"]
+from cluster.config.places import is_hub_id
+from cluster.config.settings import Settings
 
 TrainingDtype = Literal["float32", "bfloat16", "auto"]
 """The numbers that layers multiply in training; auto: bfloat16 where the machine multiplies it, else float32."""
 
-Quantization = Literal["int8", "int4"]
-"""A form of a base with integer weights, beside its floats."""
 
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class EngineSettings(_Settings):
-    """Limits of one base replica."""
-
-    max_batch_size: int = Field(default=16, ge=1, le=1024)
-    """Sequences decoded together."""
-    max_waiting: int = Field(default=256, ge=1)
-    """Sequences queued beyond that; one more is refused with Overloaded."""
-    max_context_tokens: int | None = Field(default=None, ge=8)
-    """Prompt and answer together; by default what the model was made for."""
-    max_step_tokens: int = Field(default=256, ge=1, le=65_536)
-    """Tokens of one step: one of each sequence that is generating, the rest from prompts, which are read in pieces."""
-    kv_cache_bytes: int = Field(default=2**30, ge=1)
-    """Budget of the keys and values of all sequences; at least what one of the longest takes."""
-    reuse_prefixes: bool = True
-    """Keep the keys and values of ended sequences for others that begin alike, while nothing else needs the room."""
-    adapter_bytes: int = Field(default=2**30, ge=1)
-    """Budget of the slot bank: adapters resident beside the base."""
-
-    @model_validator(mode="after")
-    def _steps_hold_a_batch(self) -> Self:
-        if self.max_step_tokens < self.max_batch_size:
-            raise ValueError(
-                f"max_step_tokens is {self.max_step_tokens}, below max_batch_size, {self.max_batch_size}; expected at "
-                "least one token for every sequence of a batch"
-            )
-        return self
-
-
-class RouterSettings(_Settings):
+class RouterSettings(Settings):
     """How tiny ada is trained."""
 
     steps: int = Field(default=300, ge=1, le=1_000_000)
@@ -79,14 +34,17 @@ class RouterSettings(_Settings):
     word_dropout: float = Field(default=0.2, ge=0, lt=1)
     """Words other than keywords are hidden with a rate drawn anew for each prompt between 0 and twice this."""
     pair_dropout: float = Field(default=0.5, ge=0, le=0.5)
-    """The same for pairs of neighbouring words: an unseen phrasing is made of known words in unseen pairs."""
+    """Pairs of neighbouring words are hidden with a rate drawn anew for each prompt between 0 and twice this: an unseen
+    phrasing is made of known words in unseen pairs."""
     feature_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of all features that a step leaves out, each by itself. With hundreds of texts per domain 0.4 is better."""
+    """Share of all features that a step leaves out, each by itself: what many texts teach must not hang on one of them.
+    Few texts need each that they have; with hundreds per domain, 0.4 is better."""
     word_omission: float = Field(default=0.0, ge=0, le=0.5)
-    """Rate, drawn likewise, of words left out whole; of short prompts fewer (decision 34). With many texts, 0.3."""
+    """Words other than keywords are left out whole, not just hidden, with a rate drawn anew for each prompt between 0
+    and twice this; of short prompts fewer (decision 34). With hundreds of texts per domain, 0.3 is better."""
     naive_bayes: bool = False
-    """Let features vote by how many texts of each domain hold them (decision 36). With hundreds of texts per domain it
-    is better. Does nothing where the data names topics."""
+    """Let features vote by how many texts of each domain hold them (decision 36). With hundreds of texts per domain
+    that is better. Does nothing where the data names topics."""
     outlier_rate: float = Field(default=0.25, ge=0, lt=1)
     """Share of the prompts of a step that lose their keywords, and then teach none."""
     outlier_dropout: float = Field(default=0.2, ge=0, le=1)
@@ -94,19 +52,22 @@ class RouterSettings(_Settings):
     sketch_share: float = Field(default=0.0, ge=0, le=0.95)
     """Length of the sketch of rare words in a trained domain's prototypes, beside their vector's of 1; 0 leaves it out.
     With hundreds of texts per domain, 0.5 makes a domain that is added from examples take less from those that know
-    their own words. Only where the data names topics."""
+    their own words. Only where the data names topics: the texts of a prototype that found its share by itself have few
+    rare words in common, and their sketch is mostly noise."""
     sentence_encoder: str | None = None
     """Folder of a pretrained sentence encoder in Hugging Face's format, or an installed package that carries one, to
-    be tuned to the texts and to stand beside the n-grams; none by default. For bases of 0.5B parameters and more."""
+    be tuned to the texts and to stand beside the n-grams; none by default. For bases of half a billion parameters and
+    more."""
     teacher: str | None = None
-    """The same, but read in training only: tiny ada learns from it where texts and words lie. For bases of any size."""
+    """Another such encoder, which is read in training only: tiny ada learns from it where texts and words lie. For
+    bases of any size."""
     target_false_rejection: float = Field(default=0.01, gt=0, lt=1)
     """Share of a domain's prompts, in validation data, that the threshold may turn away as none."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """The same texts, settings and seed give the same router."""
 
 
-class BaseSettings(_Settings):
+class BaseSettings(Settings):
     """Stage 1: what base is trained, and for how long."""
 
     size: str = "starter"
@@ -127,7 +88,7 @@ class BaseSettings(_Settings):
     """Of matrices; of nothing else."""
 
 
-class DomainAdapterSettings(_Settings):
+class DomainAdapterSettings(Settings):
     """What one domain has of its own; what is not given is as for all."""
 
     rank: int | None = Field(default=None, ge=1, le=1024)
@@ -140,7 +101,7 @@ class DomainAdapterSettings(_Settings):
     patience: int | None = Field(default=None, ge=1)
 
 
-class AdapterSettings(_Settings):
+class AdapterSettings(Settings):
     """Stage 2: one LoRA adapter per domain, the base frozen."""
 
     rank: int = Field(default=16, ge=1, le=1024)
@@ -162,10 +123,11 @@ class AdapterSettings(_Settings):
     learned_loss: float = Field(default=0.005, ge=0)
     """A domain whose mean loss over eight steps lies below this is learned and takes no further steps."""
     patience: int | None = Field(default=None, ge=1)
-    """So many measurements in a row on the validation rows that are no better end a domain, at its best weights."""
+    """So many measurements in a row on the validation rows that are no better end a domain, at its best weights; None
+    measures none."""
     validate_every_steps: int = Field(default=10, ge=1)
     """With `patience`: steps of a domain between two measurements."""
-    domains: dict[str, DomainAdapterSettings] = {}
+    domains: dict[str, DomainAdapterSettings] = Field(default={})
     """Domains that have something of their own."""
 
     def of(self, domain: str) -> Self:
@@ -174,7 +136,7 @@ class AdapterSettings(_Settings):
         return self.model_copy(update={**own, "domains": {}})
 
 
-class JointSettings(_Settings):
+class JointSettings(Settings):
     """Stage 4: adapters and router together, each prompt through its own soft mixture; the base frozen, or nearly."""
 
     num_steps: int = Field(default=16, ge=0)
@@ -188,18 +150,21 @@ class JointSettings(_Settings):
     router_learning_rate: float = Field(default=1e-4, gt=0, le=1)
     """Peak rate for the router's encoder."""
     base_learning_rate: float = Field(default=0.0, ge=0, le=1)
-    """Peak rate for the base, a hundredth of the adapters' or less; 0 leaves it frozen."""
+    """Peak rate for the base, a hundredth of the adapters' or less; 0 leaves it frozen. Else base, adapters and router
+    are published in one generation."""
     router_loss_weight: float = Field(default=0.1, ge=0)
     """Weight of the router's labels beside the language-model loss."""
     epsilon: float = Field(default=0.005, ge=0)
-    """The stage is dropped if some domain's validation loss rises by more than this share, and by `tolerance_nats`."""
+    """The stage is dropped if some domain's validation loss rises by more than this share and by more than
+    `tolerance_nats`."""
     tolerance_nats: float = Field(default=0.02, ge=0)
-    """Nats per token; where an adapter is nearly always right, a rise below this changes no answer."""
+    """Nats per token: a rise below this is let pass. Where an adapter is nearly always right it changes no answer."""
     least_effective_share: float = Field(default=0.8, ge=0, le=1)
-    """The stage is dropped if the router collapses: uses fewer domains in effect than this share of what it did."""
+    """The stage is dropped if the effective number of domains that prompts are sent to falls below this share of what
+    it was: the router then collapses onto few."""
 
 
-class BadRowSettings(_Settings):
+class BadRowSettings(Settings):
     """Which rows are left out as bad, and how many may be."""
 
     share: float = Field(default=0.01, ge=0, le=1)
@@ -210,7 +175,7 @@ class BadRowSettings(_Settings):
     """A longer text makes its row a bad one: all of it would be tokenized, and all but the beginning cut."""
 
 
-class Recipe(_Settings):
+class Recipe(Settings):
     """Settings of all four stages, under one name."""
 
     base: BaseSettings = BaseSettings()
@@ -230,7 +195,7 @@ class Recipe(_Settings):
     """A stage that is stopped resumes from its newest checkpoint."""
 
 
-class LiveDomainSettings(_Settings):
+class LiveDomainSettings(Settings):
     """A domain that is added to a trained system, and what is measured before it is published."""
 
     domain: str
@@ -245,7 +210,7 @@ class LiveDomainSettings(_Settings):
     """Of its rows, where the data holds out none itself."""
 
 
-class StageSettings(_Settings):
+class StageSettings(Settings):
     """What one stage is run with."""
 
     root: Path
@@ -284,117 +249,3 @@ class StageSettings(_Settings):
         if base is not None and not Path(base).is_absolute() and not is_hub_id(base):
             raise ValueError(f"{base} is neither an absolute folder nor an id such as org/name; give one of both")
         return base
-
-
-class FetchSettings(_Settings):
-    """How the coordinator fetches adapters; the one part that changes on a running system, as its `user_config`."""
-
-    copies: int = Field(default=2, ge=1, le=1024)
-    """Shards that hold each adapter, or all if there are fewer: the next is asked where one is slow or gone."""
-    hedge_ms: float | None = Field(default=None, gt=0, le=60_000)
-    """A shard that takes longer has the next one asked as well; by default half as much again as 95 % of answers."""
-
-
-class AppSettings(_Settings):
-    """What `serve run deployments:app key=value ...` takes, and `args` in ray_config.yaml."""
-
-    root: str | None = None
-    """Folder or bucket (s3://, gs://, az://) of a system; by default artifacts/starter, or what `base` lies in."""
-    base: str | None = None
-    """Another causal language model in Hugging Face's format: a folder, or an id on the hub."""
-    quantization: Quantization | None = None
-    """Serve the base's int8 or int4 form, which `zephyra quantize` wrote; by default its floats."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Numbers that the base computes with; by default those it was saved in."""
-    device: Device = "cpu"
-    """Where base replicas run; each takes a GPU of its own."""
-    shards: int = Field(default=2, ge=1, le=1024)
-    """Adapter shards."""
-    copies: int = Field(default=2, ge=1, le=1024)
-    """Shards that hold each adapter, or all if there are fewer; also `copies` in the Coordinator's `user_config`."""
-    hedge_ms: float | None = Field(default=None, gt=0, le=60_000)
-    """As `FetchSettings.hedge_ms`."""
-    replicas: int = Field(default=1, ge=1, le=1024)
-    """Base replicas; with `max_replicas`, the fewest."""
-    max_replicas: int | None = Field(default=None, ge=1, le=1024)
-    """Add base replicas while those there are busy, up to so many, and take them away again; by default never."""
-    upscale_delay_s: float = Field(default=10.0, ge=0, le=86_400)
-    """So long must they have been too few before one is added."""
-    downscale_delay_s: float = Field(default=120.0, ge=0, le=86_400)
-    """So long must they have been too many before one is taken away."""
-    merge_rank: int = Field(default=64, ge=1, le=1024)
-    """Rank of the one adapter that a mixture of more than eight is merged to."""
-    affinity_slack: int | None = Field(default=8, ge=0, le=1_000_000)
-    """A request goes to a replica that holds its adapters unless that one has more than so many requests beyond the
-    idlest one's; none for whichever of two is idler, whatever they hold."""
-    host_adapter_bytes: int = Field(default=2**30, ge=0)
-    """Adapters that a base replica keeps in memory behind its slot bank, as their files' bytes."""
-    drain_s: float = Field(default=60.0, ge=0, le=86_400)
-    """A process that is replaced or stopped may take so long to end the answers it has begun."""
-    threads: int = Field(default=0, ge=0, le=1024)
-    """CPU threads of a base replica's products; 0 for all cores but one, which the other processes need."""
-    domain_changes: bool = True
-    """Domains may be added, withdrawn and rolled back over HTTP and gRPC, by whom `keys_file` says."""
-    upload_bytes: int = Field(default=2**28, ge=1)
-    """Of one adapter that is uploaded, all its files and examples together."""
-    adapter_folder: str | None = None
-    """Callers may name a folder below this one instead of uploading an adapter; by default none may."""
-    keys_file: str | None = None
-    """JSON file of API keys, which `zephyra keys` writes: every caller needs one, and an admin's to change domains. By
-    default there are none, and only callers on this machine are served."""
-    insecure: bool = False
-    """Without keys, answer callers on other machines as well; domains are still changed from this one only."""
-    plain_grpc_local: bool = False
-    """Serve callers on other machines over gRPC with TLS only: Ray opens the plain port on all interfaces."""
-    engine: EngineSettings = EngineSettings()
-
-    @model_validator(mode="after")
-    def _callers_are_known_or_not(self) -> Self:
-        if self.insecure and self.keys_file is not None:
-            raise ValueError("insecure is set beside keys_file; expected one or the other: keys let nobody else in")
-        return self
-
-    @model_validator(mode="after")
-    def _bounds_are_in_order(self) -> Self:
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(
-                f"max_replicas is {self.max_replicas}, below replicas, {self.replicas}; expected at least as many"
-            )
-        return self
-
-    def resolved_root(self) -> Root:
-        """The root as an absolute path or a URI. A base inside a root (`R/base/1`) stands for that root."""
-        if self.root is not None:
-            return root_from(self.root)
-        if self.base is None:
-            return absolute(DEFAULT_ROOT)
-        base = absolute(self.base)
-        for folder in (base, *list(base.parents)[:2]):
-            if (folder / "catalog").is_dir():
-                return folder
-        return absolute(_ARTIFACTS) / base.name
-
-    def resolved_base(self) -> Path | None:
-        """The folder of the base to serve, or None for the root's own."""
-        if self.base is None or (absolute(self.base) / "catalog").is_dir():
-            return None
-        return absolute(self.base)
-
-    def resolved_keys_file(self) -> Path | None:
-        """The file of API keys as an absolute path."""
-        return None if self.keys_file is None else absolute(self.keys_file)
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether `text` reads as an id on the Hugging Face hub, `org/name`, and not as a place below artifacts/."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and Path(text).parts[0] != _ARTIFACTS
-
-
-def absolute(path: str | Path) -> Path:
-    """`path`, taken from the checkout when it is relative."""
-    return (CHECKOUT / path).resolve()
-
-
-def root_from(text: str) -> Root:
-    """The root that a user wrote: a URI as it is, a path taken from the checkout when it is relative."""
-    return text if "://" in text else absolute(text)
