@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from cluster.training import STAGES, stage_joint
 from cluster.training.artifacts import published_adapter, published_base
 from cluster.training.data import data_digest, encode, read_data
 from cluster.training.one_pass import mean_losses
-from cluster.training.starter.generate import generate_starter
 from tests.router.small_bert import write_small_bert
 from tests.training.runs import FolderRun, Stopped
 
@@ -35,11 +35,9 @@ RECIPE = Recipe(
 )
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    generate_starter(folder)
-    return folder
+@pytest.fixture
+def data(little_starter: Path) -> Path:
+    return little_starter
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +48,21 @@ def _one_thread() -> None:
 
 def settings(root: Path, data: Path, recipe: Recipe = RECIPE) -> StageSettings:
     return StageSettings(root=root, data=data, recipe=recipe, name="test")
+
+
+@pytest.fixture(scope="module")
+def three_stages(little_starter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root after the stages before the joint one; not to be changed."""
+    place = tmp_path_factory.mktemp("three-stages")
+    for name in ("base", "adapters", "router"):
+        STAGES[name](settings(place / "root", little_starter), FolderRun(place / name))
+    return place / "root"
+
+
+@pytest.fixture
+def for_joint(three_stages: Path, tmp_path: Path) -> Path:
+    """A root of the test's own that is ready for the joint stage."""
+    return shutil.copytree(three_stages, tmp_path / "root")
 
 
 def artifacts(root: Path) -> dict[str, torch.Tensor]:
@@ -120,25 +133,20 @@ def test_stages_tune_a_pretrained_encoder_and_leave_what_is_given_as_it_is(tmp_p
     assert all(torch.equal(kept[name], given[name]) for name in given)
 
 
-def test_a_joint_stage_that_costs_a_domain_publishes_nothing(tmp_path: Path, data: Path) -> None:
+def test_a_joint_stage_that_costs_a_domain_publishes_nothing(tmp_path: Path, data: Path, for_joint: Path) -> None:
     # A rate that throws the adapters away: some domain loses far more than epsilon.
     ruinous = JointSettings(num_steps=2, rows_per_domain=2, adapter_learning_rate=1.0, epsilon=0.005)
     recipe = RECIPE.model_copy(update={"joint": ruinous})
-    root = tmp_path / "root"
-    for name, stage in STAGES.items():
-        run = FolderRun(tmp_path / name)
-        stage(settings(root, data, recipe), run)
-    state = Catalog(root).load()
+    run = FolderRun(tmp_path / "joint")
+    STAGES["joint"](settings(for_joint, data, recipe), run)
+    state = Catalog(for_joint).load()
     assert set(state.adapters.values()) == {1}
     assert state.router == 1
     assert any("not published" in text and "lost" in text for text in run.said)
 
 
-def test_a_joint_stage_leaves_alone_what_came_and_went_meanwhile(tmp_path: Path, data: Path) -> None:
-    root = tmp_path / "root"
-    for name in ("base", "adapters", "router"):
-        STAGES[name](settings(root, data), FolderRun(tmp_path / name))
-    catalog = Catalog(root)
+def test_a_joint_stage_leaves_alone_what_came_and_went_meanwhile(tmp_path: Path, data: Path, for_joint: Path) -> None:
+    catalog = Catalog(for_joint)
     trained = sorted(catalog.load().adapters)
     catalog.publish(Change(withdrawn=(trained[0],)))
 
@@ -147,19 +155,15 @@ def test_a_joint_stage_leaves_alone_what_came_and_went_meanwhile(tmp_path: Path,
             super().report(step, metrics)
             catalog.publish(Change(adapters={f"live{step}": 1}))
 
-    STAGES["joint"](settings(root, data), Interrupted(tmp_path / "joint"))
+    STAGES["joint"](settings(for_joint, data), Interrupted(tmp_path / "joint"))
     assert catalog.load().adapters == {**dict.fromkeys(trained[1:], 2), "live1": 1, "live2": 1}
     assert catalog.load().router == 2
 
 
-def _trained_for_joint(root: Path, data: Path, folder: Path) -> Path:
-    for name in ("base", "adapters", "router"):
-        STAGES[name](settings(root, data), FolderRun(folder / name))
-    return root
-
-
-def test_a_joint_stage_with_a_rate_for_the_base_publishes_all_in_one_generation(tmp_path: Path, data: Path) -> None:
-    root, rate = _trained_for_joint(tmp_path / "root", data, tmp_path), 1e-3
+def test_a_joint_stage_with_a_rate_for_the_base_publishes_all_in_one_generation(
+    tmp_path: Path, data: Path, for_joint: Path
+) -> None:
+    root, rate = for_joint, 1e-3
     Catalog(root).publish(Change(aliases={"database": "sql"}))
     before = Catalog(root).load()
     joint = RECIPE.joint.model_copy(update={"base_learning_rate": rate})
@@ -192,11 +196,10 @@ def test_a_joint_stage_with_a_rate_for_the_base_publishes_all_in_one_generation(
         assert f"{name} {losses[1] / losses[0] - 1:+.1%}" in told
 
 
-def test_a_base_that_others_adapters_belong_to_is_not_changed(tmp_path: Path, data: Path) -> None:
-    root = _trained_for_joint(tmp_path / "root", data, tmp_path)
+def test_a_base_that_others_adapters_belong_to_is_not_changed(tmp_path: Path, data: Path, for_joint: Path) -> None:
     joint = RECIPE.joint.model_copy(update={"base_learning_rate": 1e-4})
-    changing = settings(root, data, RECIPE.model_copy(update={"joint": joint}))
-    catalog = Catalog(root)
+    changing = settings(for_joint, data, RECIPE.model_copy(update={"joint": joint}))
+    catalog = Catalog(for_joint)
 
     class Interrupted(FolderRun):
         def report(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -210,19 +213,20 @@ def test_a_base_that_others_adapters_belong_to_is_not_changed(tmp_path: Path, da
     assert (catalog.load().base, set(catalog.load().adapters.values())) == (1, {1})
 
 
-def test_a_joint_stage_whose_loss_is_no_number_publishes_nothing(tmp_path: Path, data: Path) -> None:
-    root = _trained_for_joint(tmp_path / "root", data, tmp_path)
-    before = Catalog(root).load()
+def test_a_joint_stage_whose_loss_is_no_number_publishes_nothing(tmp_path: Path, data: Path, for_joint: Path) -> None:
+    before = Catalog(for_joint).load()
     for rates in ({"adapter_learning_rate": 1.0, "num_steps": 40}, {"base_learning_rate": 1.0, "num_steps": 40}):
         joint = RECIPE.joint.model_copy(update={"epsilon": math.inf, "router_loss_weight": 1e38, **rates})
         with pytest.raises(InvalidInput, match=r"no finite numbers at step \d+; what stage 3 published stays"):
-            STAGES["joint"](settings(root, data, RECIPE.model_copy(update={"joint": joint})), FolderRun(tmp_path / "x"))
-    assert Catalog(root).load() == before
+            STAGES["joint"](
+                settings(for_joint, data, RECIPE.model_copy(update={"joint": joint})), FolderRun(tmp_path / "x")
+            )
+    assert Catalog(for_joint).load() == before
 
 
-def test_a_router_that_collapses_is_not_published(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = _trained_for_joint(tmp_path / "root", data, tmp_path)
-
+def test_a_router_that_collapses_is_not_published(
+    tmp_path: Path, data: Path, for_joint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def collapsed(router: TinyAda, *_: object) -> TinyAda:
         """Everything goes to the first domain."""
         for name in router.domains[1:]:
@@ -232,9 +236,9 @@ def test_a_router_that_collapses_is_not_published(tmp_path: Path, data: Path, mo
 
     monkeypatch.setattr(stage_joint, "_calibrated", collapsed)
     run = FolderRun(tmp_path / "joint")
-    STAGES["joint"](settings(root, data), run)
+    STAGES["joint"](settings(for_joint, data), run)
     assert re.search(r"not published: the router collapses, its prompts use 1\.0 domains in effect where", run.said[-1])
-    assert set(Catalog(root).load().adapters.values()) == {1}
+    assert set(Catalog(for_joint).load().adapters.values()) == {1}
 
 
 def test_the_spread_of_a_batch_is_that_of_its_probabilities_written_out() -> None:
