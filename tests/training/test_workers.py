@@ -175,7 +175,9 @@ def _work(rank: int, folder: Path) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two workers left what they trained."""
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(_work, (folder,), nprocs=2)
+    # Both are forked from one process that has imported everything: that takes longer than all that they do.
+    mp.set_forkserver_preload([__name__])
+    mp.start_processes(_work, (folder,), nprocs=2, start_method="forkserver")
     return folder
 
 
