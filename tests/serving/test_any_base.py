@@ -1,24 +1,20 @@
-"""Bases of others, served: adapters that PEFT made, answers that PEFT gives, in one process and on the real cluster."""
+"""Bases of others, served: adapters that PEFT made, answers that PEFT gives. On the real cluster: test_changes.py."""
 
 import json
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from peft import PeftModel
-from ray import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.config.serving import AppSettings
 from cluster.errors import InvalidInput
 from cluster.lora.artifacts import Store
-from cluster.lora.catalog import Catalog
 from cluster.lora.packed_adapter import CONFIG_FILE
 from cluster.training.given_base import take_over_base
 from deployments.application import build
 from deployments.domains.operations import Domains
-from tests.conftest import Served
 from tests.model.foreign import ARCHITECTURES, CHATML, QUESTION, write_foreign
 from tests.serving.handed_in import peft_folder
 from tests.serving.http_client import client_of
@@ -27,7 +23,7 @@ from tests.serving.local import local_system
 TURN = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def answers(base: Path, adapter: Path, text: str, max_tokens: int) -> tuple[str, str]:
+def answers(base: Path | str, adapter: Path, text: str, max_tokens: int) -> tuple[str, str]:
     """What transformers says, and PEFT with the adapter, to tokens of `text` as it is: the reference."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = torch.tensor([tokenizer(text)["input_ids"]])
@@ -92,29 +88,3 @@ def test_a_base_that_cannot_be_served_is_refused_before_anything_starts(tmp_path
     assert not (tmp_path / "root").exists()
     short = {"max_context_tokens": 32, "max_step_tokens": 32}
     build(AppSettings(base=str(folder), root=str(tmp_path / "root"), engine=short))
-
-
-@pytest.mark.ray
-def test_a_base_given_to_serve_takes_adapters_while_it_is_served(served: Served, tmp_path: Path) -> None:
-    """Beside the shared application, under a path of its own."""
-    folder, root = write_foreign(tmp_path / "mine", "smollm3", CHATML), tmp_path / "root"
-    application = build(AppSettings(base=str(folder), root=str(root), shards=1, threads=1))
-    assert Catalog(root).load().base == 1
-    adapter = peft_folder(root, tmp_path / "peft", init_lora_weights=False)
-    plain, tuned = answers(folder, adapter, TURN, max_tokens=12)
-    assert plain != tuned
-    serve.run(application, name="other", route_prefix="/other")
-    try:
-        with httpx.Client(base_url=f"{served.http}/other", timeout=60) as client:
-            files = {
-                "adapter_config": (adapter / CONFIG_FILE).read_bytes(),
-                "adapter_model": (adapter / "adapter_model.safetensors").read_bytes(),
-            }
-            added = client.post("/v1/domains", data={"name": "tax"}, files=files)
-            assert added.status_code < 300, added.text
-            for model, expected in (("base", plain), ("zephyra:tax@1", tuned)):
-                body = {"model": model, "max_tokens": 12, "messages": [{"role": "user", "content": QUESTION}]}
-                answer = client.post("/v1/chat/completions", json=body)
-                assert answer.json()["choices"][0]["message"]["content"] == expected
-    finally:
-        serve.delete("other")

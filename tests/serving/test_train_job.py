@@ -23,7 +23,10 @@ from tests.training.test_tracking import curves
 pytestmark = pytest.mark.ray
 
 RECIPE = Recipe(
-    base=BaseSettings(size="nano", num_steps=4, tokens_per_batch=256), val_rows_per_domain=2, checkpoint_every_steps=2
+    base=BaseSettings(size="nano", num_steps=6, tokens_per_batch=256),
+    adapters=AdapterSettings(rank=2, num_steps=18, tokens_per_batch=128, learned_loss=0.0),
+    val_rows_per_domain=2,
+    checkpoint_every_steps=3,
 )
 
 
@@ -39,32 +42,32 @@ def write_data(folder: Path) -> Path:
     return write_parquet(folder, domain=domains, prompt=prompts, response=responses, split=splits)
 
 
-def test_a_stage_publishes_and_a_run_of_the_same_name_goes_on_from_its_checkpoint(
-    served: Served, tmp_path: Path
-) -> None:
-    root = tmp_path / "root"
-    settings = StageSettings(root=root, data=write_data(tmp_path / "data"), recipe=RECIPE, name="test")
-    fit("base", settings, run_name="one", num_cpus=0.5)
-    assert Catalog(root).load().base == 1
+@pytest.fixture(scope="module")
+def with_base(served: Served, tmp_path_factory: pytest.TempPathFactory) -> StageSettings:
+    """What stages are run with, on a root whose base two workers have trained. A job takes ten processes to start."""
+    folder = tmp_path_factory.mktemp("job")
+    settings = StageSettings(root=folder / "root", data=write_data(folder / "data"), recipe=RECIPE, name="test")
+    fit("base", settings, run_name="two", num_cpus=0.25, num_workers=2, shards_base=True)
+    return settings
+
+
+def test_a_stage_publishes_and_a_run_of_the_same_name_goes_on_from_its_checkpoint(with_base: StageSettings) -> None:
+    root, before = with_base.root, Catalog(with_base.root).load()
+    assert before.base == 1
     # All steps are done: a run that resumes has nothing left to learn and publishes the same weights.
-    fit("base", settings, run_name="one", num_cpus=0.5)
+    fit("base", with_base, run_name="two", num_cpus=0.25, num_workers=2, shards_base=True)
     assert Catalog(root).load().base == 2
+    assert len(list((root / "events" / f"base-{with_base.mark}").iterdir())) == 1, "there were curves to write"
     first, second = (load_file(root / "base" / version / "model.safetensors") for version in ("1", "2"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_two_workers_one_of_them_killed_publish_what_one_does(served: Served, tmp_path: Path) -> None:
+def test_two_workers_one_of_them_killed_publish_what_one_does(with_base: StageSettings, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    write_data(tmp_path / "data")
-    adapters = AdapterSettings(rank=2, num_steps=18, tokens_per_batch=128, learned_loss=0.0)
-    recipe = RECIPE.model_copy(update={"adapters": adapters, "checkpoint_every_steps": 3})
-    one, two = (
-        StageSettings(root=tmp_path / name, data=tmp_path / "data", recipe=recipe, name="test")
-        for name in ("one", "two")
-    )
-    fit("base", two, run_name="two", num_cpus=0.25, num_workers=2, shards_base=True)
-    shutil.copytree(two.root / "base", one.root / "base")
-    Catalog(one.root).publish(Change(base=1))
+    one, two = (with_base.model_copy(update={"root": tmp_path / name}) for name in ("one", "two"))
+    for settings in (one, two):
+        shutil.copytree(with_base.root / "base" / "1", settings.root / "base" / "1")
+        Catalog(settings.root).publish(Change(base=1))
     train_adapters(one, FolderRun(tmp_path / "run"))
     killer = Thread(target=_kill_a_worker_after_a_checkpoint, args=(two.root / "runs",), daemon=True)
     killer.start()
