@@ -19,7 +19,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # So that the test of autoscaling need not wait for Serve to hear of a load.
 os.environ["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "1"
 # So that the test of what Ray exports need not wait ten seconds for it.
-os.environ["RAY_metrics_report_interval_ms"] = "2000"
+os.environ["RAY_metrics_report_interval_ms"] = "2000"  # noqa: SIM112 (Ray reads it so)
 # So that jobs of a few steps do not wait for Ray Train to look at them, which it does every two seconds.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
