@@ -1,4 +1,4 @@
-"""What the stages of training are run with, in whatever order: their settings, and recipes that hold those of all.
+"""What the stages of training are run with: the settings of each, and recipes that hold those of all.
 
 The recipes themselves are in cluster/training/recipes.py.
 """
