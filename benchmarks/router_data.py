@@ -6,7 +6,7 @@ calibrates is a part of train.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from cluster.errors import InvalidData, InvalidInput
 
-CALIBRATION_SHARE = 0.1
+CALIBRATION_SHARE = 0.05
+"""Of train. Some hundreds of texts are enough for a temperature and a threshold, and each taken away teaches nothing."""
 
 _OUTSIDE_SPLIT = "oos_val"
 _UNNAMABLE = re.compile(r"[^a-z0-9_-]")
@@ -31,6 +32,11 @@ class Texts:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def without_topics(self) -> "Texts":
+        """The same, as if nothing were known beyond the domains."""
+        return replace(self, intents=self.domains)
 
     @property
     def names_topics(self) -> bool:
@@ -110,7 +116,7 @@ def load(name: str, folder: Path, most_rows: int | None = None) -> DataSet:
 
 
 def split_off_calibration(train: Texts, seed: int) -> tuple[Texts, Texts]:
-    """What is left to learn from, and a tenth of each intent to calibrate on; an intent of one row is learned."""
+    """What is left to learn from, and a twentieth of each intent to calibrate on; an intent of one row is learned."""
     rng = Random(seed)
     calibration: set[int] = set()
     for rows in _by(train.intents).values():

@@ -1,6 +1,6 @@
 """How well tiny ada and the linear router tell domains apart, and know what belongs to none. Knows nothing of speed.
 
-Tiny ada learns from nine tenths of train and calibrates on the rest; the linear router, which calibrates nothing,
+Tiny ada learns from nineteen twentieths of train and calibrates on the rest; the linear router, which calibrates nothing,
 learns from all of it. Both are measured on the official validation split, from which nothing is chosen.
 
 Letters: B texts, D domains.

@@ -16,8 +16,8 @@ from cluster.router.sentence_model import SentenceModel
 LAYERS = 2
 """The last ones, which are trained."""
 
-_EPOCHS, _MOST_TOKENS = 2, 250_000
-"""Each text is read twice, or less often where that would be more tokens: a few minutes at most, whatever the data."""
+_EPOCHS, _MOST_TOKENS = 4, 500_000
+"""Each text is read four times, or less often where that would be more tokens: a few minutes at most, whatever the data."""
 
 _BATCH = 64
 _DRAWN = 4

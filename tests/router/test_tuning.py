@@ -103,12 +103,12 @@ def test_the_same_seed_gives_the_same_model_also_when_interrupted(bert: Sentence
     assert other.step() != losses[0]
 
 
-def test_few_texts_are_read_twice_and_many_no_more_than_some_minutes_of_tokens(bert: SentenceModel) -> None:
+def test_few_texts_are_read_four_times_and_many_no_more_than_some_minutes_of_tokens(bert: SentenceModel) -> None:
     num_tokens = sum(map(bert.num_tokens, TEXTS))
-    assert Tuning(bert, TEXTS, KINDS, seed=0).num_steps == -(-2 * len(TEXTS) // 64)
-    copies = 2 * 250_000 // num_tokens
+    assert Tuning(bert, TEXTS, KINDS, seed=0).num_steps == -(-4 * len(TEXTS) // 64)
+    copies = 500_000 // (2 * num_tokens)
     many = Tuning(bert, TEXTS * copies, KINDS.repeat(copies), seed=0)
-    assert abs(many.num_steps * 64 - len(TEXTS) * copies / 2) < 0.02 * len(TEXTS) * copies
+    assert abs(many.num_steps * 64 - len(TEXTS) * copies * 2) < 0.02 * len(TEXTS) * copies
 
 
 def test_a_kind_is_a_topic_of_a_domain_and_none_is_no_kind() -> None:
