@@ -16,8 +16,8 @@ from cluster.router.prototypes import cluster_prototypes
 VECTOR_LENGTH = 0.7
 """Of the vector in a prototype, beside the sketch's 1."""
 
-LENGTH_BESIDE_SENTENCE = 0.5
-"""Of the vector, where the sketch is a sentence's, which says more."""
+LENGTH_BESIDE_SENTENCE = 0.55
+"""Of the vector, where the sketch is a sentence's, which says more: as long as leaves nothing for an offset to do."""
 
 _SHARE_OF_GAP = 0.4
 """How much of what a new domain's logits lack beside those of known domains its offset makes up for. All of it would

@@ -155,17 +155,20 @@ class TinyAda(nn.Module):
         if topics is not None and len(topics) != len(examples):
             raise InvalidInput(f"There are {len(examples)} examples and {len(topics)} topics; give a topic for each.")
         encoding = self._encode_all(examples)
-        vector_length = LENGTH_BESIDE_SENTENCE if isinstance(self.encoder, SentenceEncoder) else VECTOR_LENGTH
+        has_sentences = isinstance(self.encoder, SentenceEncoder)
+        vector_length = LENGTH_BESIDE_SENTENCE if has_sentences else VECTOR_LENGTH
         given = (keys(encoding), RowShape(self.encoder.width, self._num_rows, vector_length), topics)
         rows_PV = few_shot_prototypes(*given)
-        none_N = self.head.none_logit(encoding) + self.head.none_offset + self.policy.threshold * self.head.temperature
         grown = self._fork()
         index = bisect.bisect(self.domains, name)
         grown.domains = (*self.domains[:index], name, *self.domains[index:])
         grown.head.insert(index)
         grown.head.make_room(len(rows_PV))
         grown.head.set_rows(index, rows_PV)
-        grown.head.offsets_D[index] = few_shot_offset(few_shot_logits(*given), none_N, self.head.own_logit)
+        if not has_sentences:
+            none_N = self.head.none_logit(encoding) + self.head.none_offset
+            none_N = none_N + self.policy.threshold * self.head.temperature
+            grown.head.offsets_D[index] = few_shot_offset(few_shot_logits(*given), none_N, self.head.own_logit)
         if is_data_free:
             grown.data_free |= {name}
         return grown
