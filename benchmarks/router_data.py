@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from cluster.errors import InvalidData, InvalidInput
 
 CALIBRATION_SHARE = 0.05
-"""Of train. Some hundreds of texts are enough for a temperature and a threshold, and each taken away teaches nothing."""
+"""Of train. Some hundreds of texts are enough for a temperature and a threshold, and none of them teaches anything."""
 
 _OUTSIDE_SPLIT = "oos_val"
 _UNNAMABLE = re.compile(r"[^a-z0-9_-]")

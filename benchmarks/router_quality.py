@@ -1,7 +1,7 @@
 """How well tiny ada and the linear router tell domains apart, and know what belongs to none. Knows nothing of speed.
 
-Tiny ada learns from nineteen twentieths of train and calibrates on the rest; the linear router, which calibrates nothing,
-learns from all of it. Both are measured on the official validation split, from which nothing is chosen.
+Tiny ada learns from nineteen twentieths of train and calibrates on the rest; the linear router, which calibrates
+nothing, learns from all of it. Both are measured on the official validation split, from which nothing is chosen.
 
 Letters: B texts, D domains.
 """

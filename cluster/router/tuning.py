@@ -17,7 +17,7 @@ LAYERS = 2
 """The last ones, which are trained."""
 
 _EPOCHS, _MOST_TOKENS = 4, 500_000
-"""Each text is read four times, or less often where that would be more tokens: a few minutes at most, whatever the data."""
+"""Each text is read four times, or less often where that would be more tokens: some minutes at most, of any data."""
 
 _BATCH = 64
 _DRAWN = 4
