@@ -37,11 +37,13 @@ SCALING = {"max_replicas": 2, "upscale_delay_s": 1, "downscale_delay_s": 2}
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """A base of others with room for long answers, and a root that it is to become the base of."""
+    """A base of others with room for long answers, a root that it is to become the base of, and how it is served."""
     model = small_model("smollm3", tied=False)
     model.config.max_position_embeddings = CONTEXT_TOKENS
     folder = tmp_path_factory.mktemp("given")
-    return {"base": str(write_foreign(folder / "mine", model, CHATML)), "root": str(folder / "root")}
+    # Of a small batch, so that a load is one wherever the requests wait: this base answers sooner than they arrive.
+    settings = {"root": str(folder / "root"), "engine": {"max_batch_size": 4}}
+    return {"base": str(write_foreign(folder / "mine", model, CHATML)), **settings}
 
 
 def configure(given, shards, copies, **settings):
