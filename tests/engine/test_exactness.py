@@ -131,8 +131,7 @@ def test_decisions_are_clear_in_99_of_100_sequences(kind, runner):
     rng.shuffle(combinations)
     requests = [
         request(f"r{index}", prompt, mixture, max_tokens=LONGEST_ANSWER)
-        # Torch is slower: there each once.
-        for index, (prompt, mixture) in enumerate(combinations * (2 if runner == "native" else 1))
+        for index, (prompt, mixture) in enumerate(combinations * 2)
     ]
     for given_request in requests:
         system.submit(given_request)

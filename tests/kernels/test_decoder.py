@@ -78,7 +78,7 @@ def test_logits_in_bf16_differ_by_rounding_only(library, kind):
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=12)
 @given(data=st.data())
 def test_any_schedule_gives_the_same_bits(library, kind, dtype, data):
     """However prompts are cut into chunks, and whatever is beside them in a step."""
