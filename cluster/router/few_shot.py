@@ -1,4 +1,5 @@
-"""Examples of a domain that training never saw -> its prototypes and its offset. Knows nothing of text.
+"""Examples of a domain that training never saw -> its prototypes and, where words are the sketch, its offset. Knows
+nothing of text.
 
 Such a domain is told by the sketch of its words more than by the encoder's vector, which was trained to tell others.
 Letters: N examples, P prototypes, W width of the vector, V width of the vector and the sketch together.

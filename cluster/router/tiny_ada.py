@@ -166,8 +166,8 @@ class TinyAda(nn.Module):
         grown.head.make_room(len(rows_PV))
         grown.head.set_rows(index, rows_PV)
         if not has_sentences:
-            none_N = self.head.none_logit(encoding) + self.head.none_offset
-            none_N = none_N + self.policy.threshold * self.head.temperature
+            threshold = self.policy.threshold * self.head.temperature
+            none_N = self.head.none_logit(encoding) + self.head.none_offset + threshold
             grown.head.offsets_D[index] = few_shot_offset(few_shot_logits(*given), none_N, self.head.own_logit)
         if is_data_free:
             grown.data_free |= {name}
